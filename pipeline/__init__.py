@@ -1,0 +1,1 @@
+"""Bytes on disk -> `Batch`: the file format, conversion, draws, order and the loaders."""

@@ -1,0 +1,44 @@
+"""Open-set recognition regularised by image backgrounds, at ImageNet speed."""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = [
+    "Batch",
+    "auroc",
+    "convert",
+    "mix_background",
+    "open_loader",
+    "oscr",
+    "update_cam_bank",
+]
+
+if TYPE_CHECKING:
+    from backmix.kernels.mix_background import mix_background as mix_background
+    from backmix.kernels.update_cam_bank import update_cam_bank as update_cam_bank
+    from backmix.pipeline.batch import Batch as Batch
+    from backmix.pipeline.convert import convert as convert
+    from backmix.pipeline.loader import open_loader as open_loader
+    from backmix.train.metrics import auroc as auroc
+    from backmix.train.metrics import oscr as oscr
+
+_HOMES = {
+    "Batch": "backmix.pipeline.batch",
+    "auroc": "backmix.train.metrics",
+    "convert": "backmix.pipeline.convert",
+    "mix_background": "backmix.kernels.mix_background",
+    "open_loader": "backmix.pipeline.loader",
+    "oscr": "backmix.train.metrics",
+    "update_cam_bank": "backmix.kernels.update_cam_bank",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its home on first use, so that `import backmix` stays instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'backmix' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,50 @@
+"""Markers, hypothesis profiles and one torch thread per worker, for all tests."""
+
+import os
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile(
+    "default", derandomize=True, deadline=None, print_blob=True, max_examples=50
+)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+_KEPT: list[object] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep each worker to one core: two workers with two threads each wait for one another."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason said, what this machine cannot run."""
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(pytest.mark.skip(reason="no CUDA device: not run"))
+    if not os.environ.get("BACKMIX_DATA"):
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason="BACKMIX_DATA is not set: not run"))
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """Import torchvision, also beside a CPU build of torch, where its operators do not load.
+
+    There it fails for want of two schemas that nothing here calls; they are declared first.
+    """
+    import torch
+
+    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)  # the schemas live as long as the library object
+    return pytest.importorskip("torchvision", reason="torchvision is not installed: not run")

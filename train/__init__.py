@@ -1,0 +1,1 @@
+"""The training loop and everything judged by it: methods, models, evaluation, report."""

@@ -1,0 +1,1 @@
+"""The networks; each returns (logits, last feature map)."""
