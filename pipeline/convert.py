@@ -1,0 +1,681 @@
+"""`backmix convert`: a source of images becomes one .beton file and its manifest.
+
+Images are read and checked by worker processes and stored in the order of the source through a
+bounded window, so the file does not depend on the number of workers, and memory not on the number
+of images. A JPEG is copied byte for byte where that is safe (`images.copy_refusal`). Whatever ends
+the run early leaves nothing under the final names; placing the samples is `writer.py`'s work.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from backmix.pipeline import draws, images
+from backmix.pipeline.beton import JPG, RAW, Flag
+from backmix.pipeline.options import ConvertOptions
+from backmix.pipeline.sources import Item, Source, open_source, read_classes
+from backmix.pipeline.writer import Record, Writer, _remove_dead_parts, page_size_for
+
+QUALITY = 90
+"""JPEG quality of what is encoded where none is asked for: stock ffcv's."""
+
+# Results that wait for an earlier one, per worker, and in all [bytes].
+_WINDOW = 4
+_HELD_BYTES = 256 * 2**20
+# A worker's start costs as much as some dozens of images.
+_ITEMS_PER_WORKER = 16
+# Enough for the headers of nearly every JPEG; one with more is read whole.
+_HEADER_BYTES = 1 << 16
+_MODE_NAMES = {JPG: "jpg", RAW: "raw"}
+
+
+@dataclass
+class Summary:
+    """What a conversion did."""
+
+    out: Path
+    classes: list[str]
+    written: int = 0
+    bytes: int = 0
+    """Size of the .beton file."""
+    page_size: int = 0
+    copied: int = 0
+    """JPEGs stored byte for byte."""
+    warned: int = 0
+    """Images that were whole but made the decoder complain."""
+    modes: Counter[str] = field(default_factory=Counter)
+    """Samples by stored mode, `jpg` and `raw`."""
+    class_counts: Counter[str] = field(default_factory=Counter)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Name and reason of every image that was left out."""
+    notes: list[str] = field(default_factory=list)
+    """What the source held and was not taken."""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rate = self.written / max(self.seconds, 1e-9)
+        filled = sum(count > 0 for count in self.class_counts.values())
+        lines = [
+            f"{self.out}: {self.written:,} images of {filled:,} classes, {self.bytes:,} bytes, "
+            f"{self.seconds:.1f} s ({rate:,.0f} images/s)",
+            f"stored as JPEG {self.modes['jpg']:,} (copied byte for byte {self.copied:,}), "
+            f"as pixels {self.modes['raw']:,}; page size {self.page_size:,} bytes",
+        ]
+        if self.warned:
+            lines.append(f"decoded with a warning {self.warned:,} (see the manifest)")
+        lines += self.notes
+        if self.skipped:
+            lines.append(f"left out {len(self.skipped):,}:")
+            lines += [f"  {name}: {reason}" for name, reason in self.skipped[:10]]
+            if len(self.skipped) > 10:
+                lines.append(f"  ... and {len(self.skipped) - 10:,} more (see the manifest)")
+        return "\n".join(lines)
+
+
+def convert(
+    source: str,
+    out: Path,
+    options: ConvertOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Convert a source of images to a .beton file with a manifest beside it.
+
+    Args:
+        source: what to convert, see `sources.SCHEMES`.
+        out: the file to write; the manifest is `OUT.jsonl` beside it (for `train.beton`,
+            `train.beton.jsonl`).
+        progress: called with (images done, images in all), first with 0.
+
+    Raises:
+        ValueError: wrong options or source, an existing `out` without `force`, or an image that
+            cannot be decoded (unless `on_error` is `skip`).
+        OSError: reading or writing failed, or a worker process died; the message names the file.
+        KeyboardInterrupt: SIGINT, or SIGTERM while this runs in the main thread.
+    """
+    _check(options)
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is not a folder; create it first")
+    if not options.force and os.path.lexists(out):
+        raise ValueError(f"{out} exists already: choose another name, or use --force")
+    start = time.monotonic()
+    with _sigterm_interrupts():
+        listed = open_source(source, read_classes(options.classes) if options.classes else None)
+        wants = _wants(options, len(listed.items))
+        page_size = options.page_size or page_size_for(_largest(listed, wants, options))
+        while True:
+            try:
+                summary = _write(listed, wants, out, options, page_size, progress)
+                break
+            except _Outgrown as outgrown:
+                # A JPEG whose header looked fit to be copied is stored as pixels after all, and
+                # they exceed the page: rare enough to start over rather than to measure by
+                # decoding everything twice.
+                page_size = page_size_for(outgrown.size)
+    summary.seconds = time.monotonic() - start
+    return summary
+
+
+def _check(options: ConvertOptions) -> None:
+    if options.quality is not None and not 1 <= options.quality <= 100:
+        raise ValueError(f"--quality must be 1 to 100, not {options.quality}")
+    if options.max_side is not None and options.max_side < 1:
+        raise ValueError(f"--max-side must be at least 1 pixel, not {options.max_side}")
+    if not 0 <= options.compress_probability <= 1:
+        raise ValueError(
+            f"--compress-probability must be 0 to 1, not {options.compress_probability}"
+        )
+    if options.smart_threshold is not None and options.smart_threshold < 0:
+        raise ValueError(f"--smart-threshold must not be negative: {options.smart_threshold}")
+    if options.workers < 0:
+        raise ValueError(f"--workers must not be negative: {options.workers}")
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that part files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt("terminated by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _wants(options: ConvertOptions, count: int) -> Callable[[int], str]:
+    """Return how each sample shall be stored: sample number to `auto`, `jpg`, `raw`, `smart`."""
+    if options.mode != "proportion":
+        return lambda i: options.mode
+    words = draws.block(options.seed, 0, np.arange(count), "proportion")
+    encoded = draws.uniform(words[:, 0]) < options.compress_probability
+    return lambda i: "jpg" if encoded[i] else "raw"
+
+
+# --- what becomes of one image -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One image as it goes into the file."""
+
+    data: Any
+    """Bytes-like: a JPEG stream, or height x width x 3 bytes."""
+    mode: int
+    """`beton.JPG` or `beton.RAW`."""
+    height: int
+    width: int
+    flags: int
+    done: list[str]
+    """What was done to the source's image, for the manifest; the first word tells the way."""
+
+
+def store(item: Item, want: str, options: ConvertOptions) -> Stored:
+    """Read one image and bring it into the form in which it is stored.
+
+    Args:
+        item: the image.
+        want: `auto`, `jpg`, `raw` or `smart`.
+        options: `quality`, `max_side`, `smart_threshold` and `check` count here.
+
+    Raises:
+        ValueError: it cannot be decoded, or is larger than the limits of `images`.
+        OSError: it cannot be read.
+    """
+    if item.pixels is not None:
+        plan = _plan(want, item.pixels.shape[:2], options)
+        return _stored_pixels(item.pixels, plan, 0, [], options)
+    data = item.read()
+    facts = images.jpeg_facts(data) if images.is_jpeg(data) else None
+    refusal = images.copy_refusal(facts) if facts else ""
+    if facts and _plan(want, facts.size, options, jpeg=True, fit=not refusal) == "copy":
+        copied = _copy(item, data, facts, options)
+        if copied is not None:
+            return copied
+    decoded = images.decode(data)
+    flags, notes = _misnamed(item.name, decoded.format)
+    plan = _plan(want, decoded.pixels.shape[:2], options, jpeg=facts is not None)
+    notes += [f"not copied: {refusal}"] if refusal else []
+    notes += decoded.notes
+    return _stored_pixels(decoded.pixels, plan, decoded.flags | flags, notes, options)
+
+
+def _plan(
+    want: str,
+    size: tuple[int, ...],
+    options: ConvertOptions,
+    *,
+    jpeg: bool = False,
+    fit: bool = False,
+) -> str:
+    """Decide between `copy`, `jpg` and `raw`.
+
+    Args:
+        want: what was asked for this sample.
+        size: height and width of the source's image [pixels].
+        options: `quality`, `max_side` and `smart_threshold` count here.
+        jpeg: the source is a JPEG.
+        fit: the source is a JPEG that may be stored byte for byte.
+    """
+    height, width = images.shrunk_size(size[0], size[1], options.max_side)
+    if want == "smart":
+        # As stock ffcv: by bytes of pixels, and everything raw where no threshold is given.
+        threshold = options.smart_threshold
+        want = "jpg" if threshold is not None and 3 * height * width > threshold else "raw"
+    if want == "raw":
+        return "raw"
+    anew = options.quality is not None or (height, width) != tuple(size)
+    if fit and not anew:
+        return "copy"
+    # auto: pixels that were no JPEG before stay pixels, as coding them would let a network tell
+    # sources apart by their artefacts; what was a JPEG and must be coded anew becomes one again.
+    return "jpg" if want == "jpg" or (jpeg and anew) else "raw"
+
+
+def _copy(
+    item: Item, data: bytes, facts: images.JpegFacts, options: ConvertOptions
+) -> Stored | None:
+    """Return the JPEG as it is, or None where it decodes with a warning only."""
+    images.check_size(facts.height, facts.width)
+    stream = data[: facts.end]
+    if options.check != "none" and images.check_jpeg(stream, scaled=options.check == "scaled"):
+        return None
+    flags, notes = _misnamed(item.name, "JPEG")
+    if facts.end < len(data):
+        notes.append(f"{len(data) - facts.end} bytes behind the end marker dropped")
+    flags |= images.stream_flags(facts) | Flag.PASSTHROUGH
+    return Stored(stream, JPG, facts.height, facts.width, int(flags), ["copied", *notes])
+
+
+def _stored_pixels(
+    pixels: np.ndarray, plan: str, flags: int, notes: list[str], options: ConvertOptions
+) -> Stored:
+    small = images.shrink(pixels, options.max_side)
+    if small is not pixels:
+        notes = [*notes, f"shrunk from {pixels.shape[1]} x {pixels.shape[0]}"]
+    height, width, _ = small.shape
+    if plan == "jpg":
+        quality = options.quality or QUALITY
+        data = images.encode_jpeg(small, quality)
+        done = [f"encoded at quality {quality}", *notes]
+        return Stored(data, JPG, height, width, int(flags | images.ENCODED_FLAGS), done)
+    return Stored(small.reshape(-1).data, RAW, height, width, int(flags), ["pixels", *notes])
+
+
+def _misnamed(name: str, content: str) -> tuple[int, list[str]]:
+    promised = images.SUFFIXES.get(os.path.splitext(name)[1].lower(), content)
+    if promised == content:
+        return 0, []
+    return Flag.MISNAMED, [f"is {content}, not {promised} as named"]
+
+
+def _largest(listed: Source, wants: Callable[[int], str], options: ConvertOptions) -> int:
+    """Return the expected bytes of the largest stored image, from headers alone."""
+    count = len(listed.items)
+
+    def expected(i: int) -> int:
+        return _expected(listed.items[i], wants(i), options)
+
+    if listed.in_memory:
+        return max(map(expected, range(count)))
+    largest = 0
+    # Threads hide the latency of a disk or network; in parts, since map submits all at once.
+    with ThreadPoolExecutor(8) as threads:
+        for start in range(0, count, 1024):
+            part = range(start, min(start + 1024, count))
+            largest = max(largest, *threads.map(expected, part))
+    return largest
+
+
+def _expected(item: Item, want: str, options: ConvertOptions) -> int:
+    if item.pixels is not None:
+        size = item.pixels.shape[:2]
+        plan = _plan(want, size, options)
+    else:
+        try:
+            file_size = os.stat(item.path).st_size if item.size is None else item.size
+            size, jpeg, fit = _header(item)
+        except (OSError, ValueError):  # reported when its turn comes
+            return 1
+        plan = _plan(want, size, options, jpeg=jpeg, fit=fit)
+        if plan == "copy":
+            return file_size
+    height, width = images.shrunk_size(size[0], size[1], options.max_side)
+    # An encoded image takes less than a byte a pixel, save noise at the highest qualities; pages
+    # have room for four times this figure, more than the pixels themselves take.
+    return height * width * (1 if plan == "jpg" else 3) + 4096
+
+
+def _header(item: Item) -> tuple[tuple[int, int], bool, bool]:
+    """Return size, whether it is a JPEG, and whether it may be copied, from the file's head."""
+    try:
+        return _header_of(item.read(_HEADER_BYTES))
+    except ValueError:
+        return _header_of(item.read())
+
+
+def _header_of(data: bytes) -> tuple[tuple[int, int], bool, bool]:
+    if not images.is_jpeg(data):
+        return images.image_size(data), False, False
+    facts = images.jpeg_facts(data, whole=False)
+    return facts.size, True, not images.copy_refusal(replace(facts, end=0))  # as if it had one
+
+
+# --- workers -------------------------------------------------------------------------------------
+
+
+class _Outgrown(Exception):
+    """An image does not fit the pages that were chosen for the expected sizes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    tasks: deque[tuple[int, Item]]
+    """What it was given, in order; it works on the first."""
+
+
+class _Crew:
+    """Worker processes, each started fresh and fed through its own socket.
+
+    Not multiprocessing's pools: those import the user's main module again, and tell that a worker
+    died but not over which file. Here each worker has its own queue of two, so a closed socket
+    names the file. Messages are JSON and bytes. A worker ends when its socket closes, so none
+    survives this process, however that ends.
+    """
+
+    def __init__(self, count: int, options: ConvertOptions) -> None:
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(count):
+                self._workers.append(_start_worker(options))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+
+    def run(self, items: Sequence[Item], wants: Callable[[int], str]) -> Iterator[Stored | str]:
+        """Yield for each item, in order, what is stored or why it cannot be."""
+        window = _WINDOW * len(self._workers)
+        ready: dict[int, Stored | str] = {}
+        held = given = 0
+        for turn in range(len(items)):
+            while True:
+                # The item whose turn it is has always been given, so waiting for room in memory
+                # cannot be for ever.
+                while given < min(turn + window, len(items)) and held < _HELD_BYTES:
+                    worker = min(self._workers, key=lambda worker: len(worker.tasks))
+                    if len(worker.tasks) >= 2:
+                        break
+                    self._give(worker, given, items[given], wants(given))
+                    given += 1
+                if turn in ready:
+                    break
+                for index, result in self._receive():
+                    ready[index] = result
+                    held += _size(result)
+            result = ready.pop(turn)
+            held -= _size(result)
+            yield result
+
+    def _give(self, worker: _Worker, index: int, item: Item, want: str) -> None:
+        worker.tasks.append((index, item))
+        request = [item.name, item.path, item.offset, item.size, want]
+        try:
+            worker.connection.send_bytes(json.dumps(request).encode())
+        except OSError as error:
+            raise _died(worker) from error
+
+    def _receive(self) -> Iterator[tuple[int, Stored | str]]:
+        busy = {worker.connection: worker for worker in self._workers if worker.tasks}
+        for connection in wait(list(busy)):
+            worker = busy[connection]  # pyright: ignore[reportArgumentType]
+            try:
+                head = json.loads(worker.connection.recv_bytes())
+                result = head if isinstance(head, str) else self._stored(worker, head)
+            except (EOFError, OSError) as error:
+                raise _died(worker) from error
+            index, _ = worker.tasks.popleft()
+            yield index, result
+
+    @staticmethod
+    def _stored(worker: _Worker, head: list[Any]) -> Stored:
+        return Stored(worker.connection.recv_bytes(), *head)
+
+
+def _size(result: Stored | str) -> int:
+    return len(result) if isinstance(result, str) else len(result.data)
+
+
+def _died(worker: _Worker) -> ChildProcessError:
+    code = worker.process.wait()
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return ChildProcessError(
+        f"a worker process {how} while it worked on {_where(worker.tasks[0][1])}; if memory ran "
+        "out, use fewer --workers, otherwise look at this file"
+    )
+
+
+# -P and PYTHONPATH: a worker shall find this package, not whatever lies in the working folder.
+_WORKER = "import sys; from backmix.pipeline.convert import work; work(*sys.argv[1:])"
+
+
+def _start_worker(options: ConvertOptions) -> _Worker:
+    ours, theirs = socket.socketpair()
+    package = Path(__file__).parents[2]
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    fields = ("quality", "max_side", "smart_threshold", "check")
+    settings = json.dumps({name: getattr(options, name) for name in fields})
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _WORKER, str(theirs.fileno()), settings],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the workers
+        )
+    return _Worker(process, Connection(ours.detach()), deque())
+
+
+def work(descriptor: str, settings: str) -> None:
+    """Serve as a worker process: requests come in and results go out through a socket.
+
+    Args:
+        descriptor: number of the socket's file descriptor.
+        settings: the options that `store` heeds, as JSON.
+    """
+    warnings.simplefilter("ignore")  # Pillow's remarks; what matters is raised or noted
+    options = ConvertOptions(**json.loads(settings))
+    with Connection(int(descriptor)) as connection, contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            name, path, offset, size, want = json.loads(connection.recv_bytes())
+            result = _attempt(Item(name, 0, path, offset, size), want, options)
+            if isinstance(result, str):
+                connection.send_bytes(json.dumps(result).encode())
+            else:
+                head = [result.mode, result.height, result.width, result.flags, result.done]
+                connection.send_bytes(json.dumps(head).encode())
+                connection.send_bytes(result.data)
+
+
+def _attempt(item: Item, want: str, options: ConvertOptions) -> Stored | str:
+    """Return what is stored of an item, or why it cannot be."""
+    try:
+        return store(item, want, options)
+    except (ValueError, OSError) as error:
+        return str(error) or type(error).__name__
+
+
+def _where(item: Item) -> str:
+    if not item.path:
+        return item.name
+    return item.path if item.size is None else f"{item.path}: {item.name}"
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _results(
+    listed: Source, wants: Callable[[int], str], options: ConvertOptions
+) -> Generator[Stored | str, None, None]:
+    count = len(listed.items)
+    if listed.in_memory:  # nothing to decode: a process costs more than it saves
+        for i in range(count):
+            yield _attempt(listed.items[i], wants(i), options)
+        return
+    workers = options.workers or len(os.sched_getaffinity(0))
+    with _Crew(min(workers, 1 + count // _ITEMS_PER_WORKER), options) as crew:
+        yield from crew.run(listed.items, wants)
+
+
+def _write(
+    listed: Source,
+    wants: Callable[[int], str],
+    out: Path,
+    options: ConvertOptions,
+    page_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> Summary:
+    summary = Summary(out, listed.classes, page_size=page_size, notes=listed.notes)
+    total = len(listed.items)
+    if progress:
+        progress(0, total)
+    with (
+        contextlib.closing(_results(listed, wants, options)) as results,
+        _Manifest(out.with_name(out.name + ".jsonl")) as manifest,
+        _Writer(
+            out,
+            manifest,
+            samples=total,
+            page_size=page_size,
+            classes=listed.classes,
+            options=_noted(options),
+            force=options.force,
+        ) as writer,
+    ):
+        for i, result in enumerate(results):
+            item = listed.items[i]
+            if isinstance(result, str):
+                _skip(item, result, options, summary, manifest)
+            else:
+                if len(result.data) > page_size and options.page_size is None:
+                    raise _Outgrown(len(result.data))
+                _place(item, result, summary, writer, manifest)
+            if progress:
+                progress(i + 1, total)
+        if not summary.written:
+            name, reason = summary.skipped[0]
+            raise ValueError(
+                f"none of the {total} images of {listed.spec} can be decoded; the first, {name}: "
+                f"{reason}"
+            )
+        totals = {"written": summary.written, "skipped": len(summary.skipped)}
+        totals |= {"page_size": page_size, "modes": dict(sorted(summary.modes.items()))}
+        manifest.write({"total": totals})
+    summary.bytes = out.stat().st_size
+    return summary
+
+
+def _noted(options: ConvertOptions) -> dict[str, Any]:
+    """Return the options that the file's content depends on: no path, no number of workers."""
+    left_out = ("classes", "on_error", "workers", "page_size", "force")
+    return {key: value for key, value in asdict(options).items() if key not in left_out}
+
+
+def _skip(
+    item: Item, reason: str, options: ConvertOptions, summary: Summary, manifest: "_Manifest"
+) -> None:
+    if options.on_error == "stop":
+        raise ValueError(f"{_where(item)}: {reason}; --on-error skip leaves such images out")
+    name = _printable(item.name)
+    summary.skipped.append((name, reason))
+    class_name = summary.classes[item.label]
+    manifest.write({"sample": None, "name": name, "class": class_name, "skipped": reason})
+
+
+def _place(
+    item: Item, stored: Stored, summary: Summary, writer: Writer, manifest: "_Manifest"
+) -> None:
+    name = _printable(item.name)
+    class_name = summary.classes[item.label]
+    height, width = stored.height, stored.width
+    writer.append(
+        Record(stored.data, stored.mode, height, width, item.label, stored.flags, item.name)
+    )
+    mode = _MODE_NAMES[stored.mode]
+    manifest.write(
+        {
+            "sample": summary.written,
+            "name": name,
+            "class": class_name,
+            "label": item.label,
+            "height": height,
+            "width": width,
+            "mode": mode,
+            "bytes": len(stored.data),
+            "done": stored.done,
+        }
+    )
+    summary.written += 1
+    summary.modes[mode] += 1
+    summary.class_counts[class_name] += 1
+    summary.copied += bool(stored.flags & Flag.PASSTHROUGH)
+    summary.warned += bool(stored.flags & Flag.WARNED)
+
+
+def _printable(name: str) -> str:
+    """Return a file name as valid Unicode: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+class _Manifest:
+    """The JSON lines beside the file; whole or not at all, like it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._part = path.with_name(f"{path.name}.part-{os.getpid()}")
+        _remove_dead_parts(path)
+        self._file = open(self._part, "w", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):  # the last buffer may find no room
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self._named_errors():
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def publish(self) -> None:
+        """Give the finished manifest its name."""
+        with self._named_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self._part, self.path)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self.path}: {error.strerror}; nothing was left behind") from error
+
+
+class _Writer(Writer):
+    """A Writer that gives the manifest its name just before the file gets its own.
+
+    So the file, once it is there under its name, has its manifest; and a run that fails before,
+    on a full disk or otherwise, leaves a manifest of an earlier run as it was.
+    """
+
+    def __init__(self, path: Path, manifest: _Manifest, **rest: Any) -> None:
+        super().__init__(path, **rest)
+        self._manifest = manifest
+
+    def _publish(self) -> None:
+        self._manifest.publish()
+        super()._publish()

@@ -1,0 +1,75 @@
+"""The options of conversion and loading; standard library only, so that `--help` stays instant."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """How images are stored."""
+
+    mode: Literal["auto", "jpg", "raw", "smart", "proportion"] = "auto"
+    """auto: copy a JPEG byte for byte where that is safe, store everything else raw.
+    jpg: JPEG always. raw: pixels always. smart: JPEG where the pixels exceed --smart-threshold.
+    proportion: JPEG for a share of the samples, drawn per sample."""
+    smart_threshold: int | None = None
+    """smart: pixels (height x width x 3) above this many bytes are stored as JPEG [bytes]."""
+    compress_probability: float = 0.5
+    """proportion: share of the samples stored as JPEG."""
+    quality: int | None = None
+    """JPEG quality 1..100 of what is encoded; given, it re-encodes every JPEG (default 90)."""
+    max_side: int | None = None
+    """Shrink images so that the longer side is at most this [pixels]."""
+    classes: Path | None = None
+    """File with one class name a line: fixes the class list and its order."""
+    check: Literal["scaled", "full", "none"] = "scaled"
+    """Decode every source image: at 1/8 scale (finds truncation), in full, or not at all."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """An image that cannot be decoded stops the run, or is listed in the manifest and left out."""
+    workers: int = 0
+    """Worker processes; 0 = one per core. The file is the same for any number."""
+    page_size: int | None = None
+    """Bytes per page, a power of two; default: from the largest sample [bytes]."""
+    seed: int = 0
+    """Seed of the proportion draw."""
+    force: bool = False
+    """Replace an existing file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """How batches are made. Threads and prefetch never change results."""
+
+    loader: Literal["auto", "resident", "turbo", "ffcv"] = "auto"
+    """resident: all images decoded once and kept on the device. turbo: libjpeg-turbo in threads.
+    ffcv: the stock ffcv pipeline. auto: resident where whole images fit memory, else turbo."""
+    batch: int = 128
+    """Images per step, all ranks together."""
+    size: int = 32
+    """Side of the square view [pixels]."""
+    crop: Literal["whole", "random"] = "whole"
+    """whole: the whole image, resized to the view. random: random-resized-crop in training,
+    centre crop in evaluation."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the random crop's share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the random crop's width / height."""
+    eval_crop: float = 0.875
+    """Side of the centre crop as a share of the shorter side (crop random, in evaluation)."""
+    group: int = 0
+    """Size of the mix groups that donors stay in; 0 = min(64, batch)."""
+    order: Literal["full", "windowed"] = "full"
+    """Shuffle over the whole set, or inside windows of pages (data larger than memory)."""
+    window: int = 16
+    """Pages per window (order windowed)."""
+    threads: int = 0
+    """Decoding threads; 0 = one per core."""
+    prefetch: int = 3
+    """Batches decoded ahead."""
+    on_bad: Literal["replace", "error"] = "replace"
+    """An undecodable image in training: draw another one for it, or stop."""
+    max_bad: float = 0.001
+    """Share of an epoch that may be replaced before the run stops."""
+    verify: bool = True
+    """Check every sample's checksum when it is read."""
