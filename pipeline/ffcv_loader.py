@@ -1,0 +1,329 @@
+"""The `ffcv` loader: stock ffcv's compiled pipeline, made to cut our boxes and to admit failures.
+
+Stock ffcv draws its own crops from an unseeded generator and drops the decoder's return code, so
+that a damaged image comes out as black or as another image. Here a decoder of our own reads the box
+of each sample from, and writes the return code into, arrays that belong to us. ffcv decodes with
+the fast DCT and resizes with OpenCV's INTER_AREA: its pixels are a little off those of the other
+loaders (`docs/loaders.md`). ffcv is imported only when such a loader is opened.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from queue import Empty
+from typing import Any, Self
+
+import numpy as np
+import simplejpeg
+import torch
+
+from backmix.pipeline.batch import Batch, Place
+from backmix.pipeline.beton import JPG
+from backmix.pipeline.decode import cut, read_image, usable_cores
+from backmix.pipeline.plan import Plan
+from backmix.pipeline.subset import Subset
+from backmix.pipeline.views import (
+    GOOD,
+    WARNED,
+    Views,
+    as_batch,
+    empty_views,
+    register,
+    replace_row,
+)
+
+MOST_SCRATCH = 2 << 30
+"""Bytes that ffcv may reserve for whole decoded images: as many as a step has, in every slot."""
+
+
+class FfcvLoader:
+    """Batches from one persistent ffcv Loader; every batch has memory of its own."""
+
+    resident = False
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        if len(plan.data.shards) != 1:
+            raise ValueError(
+                f"the ffcv loader reads one file, not {len(plan.data.shards)}: choose --loader "
+                "turbo, or convert into one file"
+            )
+        self.plan = plan
+        self.device = device
+        self._bad: dict[int, str] = {}
+        self._running = False
+        # Compiled code holds the addresses of these two, so they live as long as the loader.
+        self._boxes = np.zeros((plan.data.n, 4), np.int32)
+        self._codes = np.zeros(plan.data.n, np.int32)
+        training_threads = torch.get_num_threads()
+        try:
+            self._stock: Any = _open_stock(plan, self._boxes, self._codes)
+        finally:
+            torch.set_num_threads(training_threads)  # ffcv sets its own number, twice
+
+    @property
+    def subset(self) -> Subset:
+        """The samples that this loader delivers."""
+        return self.plan.subset
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch, all ranks together."""
+        return len(self.plan.subset)
+
+    @property
+    def bad(self) -> list[str]:
+        """Names of the samples found bad so far, each once."""
+        return list(self._bad.values())
+
+    def batches(self, place: Place) -> Iterator[Batch]:
+        """Yield this rank's batches from `place` to the end of the epoch, one epoch at a time.
+
+        Raises ValueError for a bad image with `on_bad` error, and for more bad ones than `max_bad`.
+        """
+        if self._stock is None:
+            raise ValueError("the loader is closed")
+        if self._running:
+            raise ValueError(
+                "the ffcv loader reads one epoch at a time: finish or close the other first"
+            )
+        parts = list(self.plan.parts(place))
+        if not parts:
+            return
+        index = self.plan.subset.index[np.concatenate([part.positions for part in parts])]
+        self._boxes[index] = self.plan.boxes(place, index)
+        self._codes[index] = 0
+        self._running = True
+        epoch = _start_epoch(self._stock, index.astype(np.uint64))
+        try:
+            arrived = _arrivals(epoch, torch.get_num_threads())
+            rest, replaced = np.empty(0), 0
+            for part in parts:
+                views = empty_views(self.plan, part, pinned=self.device.type == "cuda")
+                pixels, row = views.pixels.numpy(), 0
+                while row < len(pixels):
+                    if not len(rest):
+                        rest = next(arrived)
+                    taken = min(len(pixels) - row, len(rest))
+                    pixels[row : row + taken] = rest[:taken]
+                    row, rest = row + taken, rest[taken:]
+                self._judge(views)
+                replaced = register(self.plan, views, self._bad, replaced)
+                yield as_batch(self.plan, views, self.device)
+        finally:
+            _end_epoch(epoch)
+            self._running = False
+
+    def _judge(self, views: Views) -> None:
+        """Set the status of every row, and replace what is damaged."""
+        data, verify = self.plan.data, self.plan.options.verify
+        codes = self._codes[views.index]
+        pixels = views.pixels.numpy()
+        for row in range(len(codes)) if verify else np.flatnonzero(codes).tolist():
+            index = int(views.index[row])
+            try:
+                if codes[row] or not _header_fits(data.region(index, verify), data, index):
+                    # libjpeg-turbo says -1 for a harmless warning, too, and for an error it leaves
+                    # another image's pixels: decode again, by the strict rules of all loaders.
+                    image, warned = read_image(data, index, verify)
+                    cut(image, views.boxes[row], pixels[row])
+                    views.status[row] = WARNED if warned else GOOD
+            except ValueError as error:
+                replace_row(self.plan, views, row, error)
+
+    def close(self) -> None:
+        """Let go of ffcv's loader and close the files; batches already taken stay valid."""
+        self._stock = None
+        self.plan.data.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _header_fits(stored: np.ndarray, data: Any, index: int) -> bool:
+    """Whether a JPEG says the size that the file says: ffcv would quietly scale it."""
+    if data.modes[index] != JPG:
+        return True
+    return simplejpeg.decode_jpeg_header(stored)[:2] == tuple(data.sizes[index].tolist())
+
+
+# --- stock ffcv -----------------------------------------------------------------------------------
+
+
+def _open_stock(plan: Plan, boxes: np.ndarray, codes: np.ndarray) -> Any:
+    """Return an ffcv Loader whose only output is the views of our boxes.
+
+    Args:
+        plan: what is delivered.
+        boxes: int32 [N, 4] by sample number, read by the decoder.
+        codes: int32 [N] by sample number, written by the decoder: 0, or -1 on error or warning.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of distutils and of numba, nothing of ours
+            # By name, so that this file can be checked where ffcv is not installed.
+            numba: Any = import_module("numba")
+            fields: Any = import_module("ffcv.fields")
+            loader: Any = import_module("ffcv.loader")
+            reader: Any = import_module("ffcv.reader")
+    except ImportError as error:
+        raise ValueError(
+            f"the ffcv loader needs the package ffcv ({error}): pip install 'backmix[ffcv]', which "
+            "needs g++, pkg-config, libturbojpeg and OpenCV; or choose --loader turbo"
+        ) from error
+    # Two loaders read at the same time, training and validation, share numba's threads: its own
+    # work queue would abort the process.
+    if numba.config.THREADING_LAYER == "default":
+        numba.config.THREADING_LAYER = "omp"
+
+    options = plan.options
+    path = str(plan.data.paths[0])
+    stored = reader.Reader(path).handlers
+    image = next(k for k, field in stored.items() if isinstance(field, fields.RGBImageField))
+    threads = min(options.threads or usable_cores(), numba.config.NUMBA_NUM_THREADS)
+    pixels = int(plan.data.sizes[plan.subset.index].astype(np.int64).prod(axis=1).max())
+    ahead = max(1, options.prefetch)
+    fitting = MOST_SCRATCH // ((ahead + 2) * pixels * 3)
+    share = -(-min(options.batch, len(plan.subset)) // plan.world)
+    return loader.Loader(
+        path,
+        batch_size=max(1, min(share, max(fitting, threads))),
+        num_workers=threads,
+        os_cache=True,
+        order=loader.OrderOption.SEQUENTIAL,  # never used: every epoch brings its own
+        seed=0,  # else it takes one from numpy's global generator
+        pipelines={name: None for name in stored}
+        | {image: [_box_decoder(options.size, pixels, boxes, codes)]},
+        drop_last=False,
+        batches_ahead=ahead,
+    )
+
+
+def _box_decoder(size: int, pixels: int, boxes: np.ndarray, codes: np.ndarray) -> Any:
+    """Return ffcv's decoder of crops with our boxes and with the return code kept.
+
+    numba freezes the value of every array that compiled code closes over, so the arrays are passed
+    as addresses. Their element type is int32 because ffcv marks the type "contiguous uint8" as
+    read-only for the whole process, once its first Loader exists.
+
+    Args:
+        size: side of the views [pixels].
+        pixels: most pixels of one stored image.
+        boxes, codes: as in `_open_stock`.
+    """
+    fields: Any = import_module("ffcv.fields.rgb_image")
+    native: Any = import_module("ffcv.libffcv")
+    query: Any = import_module("ffcv.pipeline.allocation_query").AllocationQuery
+    compiler: Any = import_module("ffcv.pipeline.compiler").Compiler
+    numba: Any = import_module("numba")
+    types, carray = numba.types, numba.carray
+
+    @import_module("numba.extending").intrinsic
+    def int32_at(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(types.int32)(types.int64), generate
+
+    n, boxes_address, codes_address = len(boxes), boxes.ctypes.data, codes.ctypes.data
+
+    class BoxDecoder(fields.ResizedCropRGBImageDecoder):
+        def declare_state_and_memory(self, previous_state: Any) -> Any:
+            views, uint8 = (size, size, 3), np.dtype(np.uint8)
+            state = dataclasses.replace(previous_state, jit_mode=True, shape=views, dtype=uint8)
+            return state, (query(views, uint8), query((pixels * 3,), uint8))
+
+        @property
+        def get_crop_generator(self) -> Any:  # abstract in the parent, not used by our code
+            raise NotImplementedError
+
+        def generate_code(self) -> Any:
+            jpg = fields.IMAGE_MODES["jpg"]
+            read = self.memory_read
+            samples = compiler.get_iterator()
+            decode_jpeg = compiler.compile(native.imdecode)
+            cut_and_resize = compiler.compile(native.resize_crop)
+
+            def decode(batch_indices, storage, metadata, storage_state):
+                views, scratch = storage
+                box_of = carray(int32_at(boxes_address), (n, 4))
+                code_of = carray(int32_at(codes_address), (n,))
+                for row in samples(len(batch_indices)):
+                    sample = batch_indices[row]
+                    field = metadata[sample]
+                    stored = read(field["data_ptr"], storage_state)
+                    height, width = np.uint32(field["height"]), np.uint32(field["width"])
+                    if field["mode"] == jpg:
+                        image = scratch[row]
+                        code_of[sample] = decode_jpeg(
+                            stored, image, height, width, height, width, 0, 0, 1, 1, False, False
+                        )
+                        image = image.reshape(-1)[: 3 * height * width]
+                        image = image.reshape(height, width, 3)
+                    else:
+                        image = stored.reshape(height, width, 3)
+                    y0, x0 = box_of[sample, 0], box_of[sample, 1]
+                    y1, x1 = y0 + box_of[sample, 2], x0 + box_of[sample, 3]
+                    cut_and_resize(image, y0, y1, x0, x1, views[row])
+                return views[: len(batch_indices)]
+
+            decode.is_parallel = True  # pyright: ignore[reportFunctionMemberAccess]
+            return decode
+
+    return BoxDecoder((size, size))
+
+
+def _start_epoch(stock: Any, order: np.ndarray) -> Any:
+    """Start ffcv's thread on the samples `order`, uint64 [n], and return it."""
+    iterator: Any = import_module("ffcv.loader.epoch_iterator")
+
+    class Epoch(iterator.EpochIterator):
+        """Stock ffcv's thread dies and its reader waits for ever; this one keeps the reason."""
+
+        error: BaseException | None = None
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except BaseException as error:
+                self.error = error
+
+    return Epoch(stock, order)
+
+
+def _arrivals(epoch: Any, training_threads: int) -> Iterator[np.ndarray]:
+    """Yield the views as ffcv finishes them, uint8 [k, H, W, 3], each valid until the next."""
+    first = True
+    while True:
+        try:
+            item = epoch.output_queue.get(timeout=0.2)
+        except Empty:
+            if epoch.is_alive() or not epoch.output_queue.empty():
+                continue
+            raise ValueError(f"ffcv's thread ended early: {epoch.error!r}") from epoch.error
+        if first:
+            # The thread set torch's number of threads, for itself and for threads to come.
+            torch.set_num_threads(training_threads)
+            first = False
+        if item is None:
+            return
+        yield item[1][0]
+
+
+def _end_epoch(epoch: Any) -> None:
+    """End ffcv's thread, wherever it is, and wait for it.
+
+    It looks at its own end signal only while its queue is full, so its work is taken away instead,
+    and the queue kept empty until it notices.
+    """
+    epoch.iter_ixes = iter(())
+    while epoch.is_alive():
+        try:
+            epoch.output_queue.get(timeout=0.02)
+        except Empty:
+            pass
+    epoch.join()
+    epoch.close()

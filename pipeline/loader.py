@@ -1,0 +1,175 @@
+"""The door to the loaders: check what was asked for, and open the one that serves it.
+
+Every loader delivers the same samples with the same boxes in the same batches; they differ in
+speed, in memory, in where donors come from (`Batch.group`), and a little in pixels:
+`docs/loaders.md`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Protocol, Self
+
+import numpy as np
+import torch
+
+from backmix.pipeline.batch import Batch, Place
+from backmix.pipeline.beton import BetonSet, open_set
+from backmix.pipeline.ffcv_loader import FfcvLoader
+from backmix.pipeline.options import LoaderOptions
+from backmix.pipeline.plan import Plan
+from backmix.pipeline.resident import ResidentLoader
+from backmix.pipeline.subset import Subset
+from backmix.pipeline.turbo import TurboLoader
+
+LARGEST_AUTOMATIC_POOL = 2 << 30
+"""Bytes of the largest pool that `auto` keeps resident."""
+
+
+class Loader(Protocol):
+    """What every loader offers."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether the pool is the whole subset, row p showing position p."""
+        ...
+
+    @property
+    def subset(self) -> Subset:
+        """The samples that this loader delivers."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch, all ranks together."""
+        ...
+
+    @property
+    def bad(self) -> list[str]:
+        """Names of the samples found bad so far (replaced, or left out), each once."""
+        ...
+
+    def batches(self, place: Place) -> Iterator[Batch]:
+        """Yield this rank's batches from `place` to the end of the epoch.
+
+        The last batch of an epoch may be short; in evaluation the stored order is delivered, the
+        epoch does not matter, and bad images are left out.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release threads, memory and files."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def open_loader(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    options: LoaderOptions,
+    *,
+    split: Literal["train", "eval"] = "train",
+    subset: Subset | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Loader:
+    """Open a loader on one .beton file, or on several as one data set.
+
+    Args:
+        paths: the file or files, in the order of their samples.
+        options: batch, view, crop, order, threads and so on. Threads and prefetch never change
+            results.
+        split: train: shuffled, random crops if asked, bad images replaced. eval: stored order,
+            whole images or centre crops, bad images left out.
+        subset: the samples to use and their labels; default: all, with their stored labels.
+        seed: 0 .. 2^64 - 1; keys what a resident pool shows in the rows of bad images. All other
+            draws are keyed by the place that `batches` is given.
+        device: where the batches go.
+        rank, world: this process and the number of processes; each gets its share of every step.
+        progress: called with (done, all) while a resident pool is decoded.
+
+    Raises ValueError for options that cannot be served and for damaged files, OSError for files
+    that cannot be read.
+    """
+    _check(options, split, seed, rank, world)
+    device = torch.device(device)
+    data = open_set(paths)
+    try:
+        chosen = _chosen(data, subset)
+        plan = Plan(data, chosen, options, split == "train", rank, world)
+        match _resolve(options, plan.training, len(chosen)):
+            case "resident":
+                return ResidentLoader(plan, device, seed, progress)
+            case "turbo":
+                return TurboLoader(plan, device)
+            case "ffcv":
+                return FfcvLoader(plan, device)
+    except BaseException:
+        data.close()
+        raise
+
+
+def _resolve(
+    options: LoaderOptions, training: bool, n: int
+) -> Literal["resident", "turbo", "ffcv"]:
+    """Return the loader that serves the options.
+
+    Auto depends on options and data alone, not on the machine: donors of a resident pool come from
+    the whole set, so another choice on another machine would be another training run.
+    """
+    if options.loader != "auto":
+        return options.loader
+    small = n * options.size**2 * 3 <= LARGEST_AUTOMATIC_POOL
+    return "resident" if training and options.crop == "whole" and small else "turbo"
+
+
+def _chosen(data: BetonSet, subset: Subset | None) -> Subset:
+    """Return the subset to deliver, checked against the data."""
+    if subset is None:
+        return Subset(np.arange(data.n), data.labels)
+    if not len(subset):
+        raise ValueError(
+            "the subset holds no samples: none of the classes asked for is in the data"
+        )
+    if subset.index.min() < 0 or subset.index.max() >= data.n:
+        raise ValueError(
+            f"the subset names sample {subset.index.max()}, the data has samples 0 to "
+            f"{data.n - 1}: it was made for other files"
+        )
+    return dataclasses.replace(subset, index=np.asarray(subset.index, np.int64))
+
+
+def _check(options: LoaderOptions, split: str, seed: int, rank: int, world: int) -> None:
+    """Refuse options outside their ranges, in the words of the command line."""
+
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise ValueError(problem)
+
+    low, high = options.scale
+    narrow, wide = options.ratio
+    require(split in ("train", "eval"), f"the split must be train or eval, got {split!r}")
+    require(options.batch >= 1, f"--batch must be at least 1, got {options.batch}")
+    require(options.size >= 1, f"--size must be at least 1 pixel, got {options.size}")
+    require(0 < low <= high <= 1, f"--scale must be two shares 0 < a <= b <= 1, got {low} {high}")
+    require(0 < narrow <= wide, f"--ratio must be 0 < a <= b, got {narrow} {wide}")
+    require(0 < options.eval_crop <= 1, f"--eval-crop must be in (0, 1], got {options.eval_crop}")
+    require(options.window >= 1, f"--window must be at least 1 page, got {options.window}")
+    require(options.threads >= 0, f"--threads must be 0 or more, got {options.threads}")
+    require(options.prefetch >= 0, f"--prefetch must be 0 or more, got {options.prefetch}")
+    require(0 <= options.max_bad <= 1, f"--max-bad must be in [0, 1], got {options.max_bad}")
+    require(options.group >= 0, f"--group must be 0 or more, got {options.group}")
+    require(0 <= seed < 1 << 64, f"the seed must be in 0 .. 2^64 - 1, got {seed}")
+    require(0 <= rank < world, f"the rank must be in 0 .. {world - 1}, got {rank}")
+    group = options.group or min(64, options.batch)
+    if split == "train" and options.batch % group:
+        fitting = max(g for g in range(1, 65) if options.batch % g == 0)
+        raise ValueError(
+            f"--batch {options.batch} is not made of whole mix groups of {group} images: choose "
+            f"another batch, or --group {fitting}"
+        )
