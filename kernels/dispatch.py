@@ -1,0 +1,124 @@
+"""What every door does first: choose the form that runs, and refuse arguments that cannot be meant.
+
+Today every kernel has one form, "torch": its meaning in plain PyTorch, on any device.
+Checks named `expect*` look at dtypes and shapes only and never wait for a device; those named
+`refuse*` look at values and do wait (`check=True`).
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_GRID = 16
+_ENVIRONMENT = os.environ.get("BACKMIX_KERNELS")  # read once, so that a run cannot change its forms
+
+
+def choose(backend: str | None, kernel: str) -> str:
+    """Return the name of the form to run.
+
+    Args:
+        backend: the caller's wish, "torch" or "triton"; None leaves the choice to the environment
+            variable BACKMIX_KERNELS and, where that is unset, to the kernel.
+        kernel: name of the kernel, for the message.
+
+    Raises:
+        ValueError: the form is unknown, or this version does not have it.
+    """
+    wish, source = (
+        (backend, "backend") if backend is not None else (_ENVIRONMENT, "BACKMIX_KERNELS")
+    )
+    match wish:
+        case None | "torch":
+            return "torch"
+        case "triton":
+            raise ValueError(
+                f"{source}={wish}: the Triton form of {kernel} is not part of this version; "
+                "leave the choice open or ask for torch"
+            )
+        case _:
+            raise ValueError(f"{source} must be torch or triton, got {wish!r}")
+
+
+def expect(
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | str],
+    device: torch.device,
+) -> None:
+    """Refuse a tensor of another dtype, shape or device.
+
+    Args:
+        shape: per axis its length, or a letter that stands for any length.
+
+    Raises:
+        TypeError: another dtype, or no tensor at all.
+        ValueError: another shape or device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {names(dtypes)}, got {names([tensor.dtype])}")
+    fits = tensor.ndim == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(side) for side in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as the other tensors, got {tensor.device}")
+
+
+def expect_bank(bank: Tensor, device: torch.device) -> None:
+    """Refuse a bank that is not fp16 or fp32 [m, g, g'], contiguous, with sides 1..16."""
+    expect("bank", bank, (torch.float16, torch.float32), ("m", "g", "g'"), device)
+    if not all(1 <= side <= LARGEST_GRID for side in bank.shape[1:]):
+        raise ValueError(
+            f"bank must have a grid of 1..{LARGEST_GRID} cells a side, got shape {list(bank.shape)}"
+        )
+    if not bank.is_contiguous():
+        raise ValueError("bank must be contiguous")
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """Return dtypes as words: `float16 or float32`."""
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def refuse(name: str, values: Tensor, bad: Tensor, rule: str) -> None:
+    """Raise ValueError for the first bad sample, if there is one.
+
+    Args:
+        name: of the argument.
+        values: the argument, [n, ...].
+        bad: bool [n].
+        rule: what should be, as in `must be ...`.
+    """
+    if bad.any():
+        sample = int(bad.int().argmax())
+        raise ValueError(f"{name}[{sample}] {rule}, got {values[sample].tolist()}")
+
+
+def refuse_boxes(box: Tensor) -> None:
+    """Refuse boxes that are empty or leave the image; int32 [n, 4], 16.16 fractions."""
+    y0, x0, height, width = box.long().unbind(1)
+    # The start and the size were rounded apart, so their sum may be one above the whole.
+    bad = (y0 < 0) | (x0 < 0) | (height < 1) | (width < 1)
+    bad |= (y0 + height > 65537) | (x0 + width > 65537)
+    refuse("box", box, bad, "must lie inside the image (0, 0, 65536, 65536)")
+
+
+def refuse_patches(patch: Tensor, height: int, width: int) -> None:
+    """Refuse patches that leave the target's or the donor's view; int32 [n, 6]."""
+    ty, tx, dy, dx, patch_height, patch_width = patch.long().unbind(1)
+    bad = (patch_height < 0) | (patch_width < 0)
+    for corner, size, side in (
+        (ty, patch_height, height),
+        (dy, patch_height, height),
+        (tx, patch_width, width),
+        (dx, patch_width, width),
+    ):
+        bad |= (patch_height * patch_width > 0) & ((corner < 0) | (corner + size > side))
+    refuse("patch", patch, bad, f"must lie inside views of {height} x {width} pixels")
