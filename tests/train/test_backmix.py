@@ -1,0 +1,248 @@
+"""The BackMix method: who gives, which cells, what the bank learns. The doors have their own tests."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from backmix.pipeline.batch import Batch, Place
+from backmix.pipeline.beton import open_set
+from backmix.pipeline.loader import open_loader
+from backmix.pipeline.subset import Subset, select
+from backmix.train.loop import prepare_run
+from backmix.train.methods.backmix import BackMixMethod, _area_average, _cell_shares
+from backmix.train.options import BackMix, Run, Split
+from tests.runs import SIDE, tiny_run, tiny_set
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_set(tmp_path_factory.mktemp("data") / "tiny.beton")
+
+
+@pytest.fixture(scope="module")
+def masks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Masks of the bright squares: class k lies at y 4 + 12 (k // 2), x 4 + 14 (k % 2), 10 px."""
+    folder = tmp_path_factory.mktemp("masks")
+    with open_set(data) as stored:
+        for sample, label in enumerate(stored.labels.tolist()):
+            mask = np.zeros((SIDE, SIDE), np.uint8)
+            y, x = 4 + 12 * (label // 2), 4 + 14 * (label % 2)
+            mask[y : y + 10, x : x + 10] = 255
+            path = folder / Path(stored.name(sample)).with_suffix(".png")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(mask).save(path)
+    return folder
+
+
+def method_and_batch(run: Run) -> tuple[BackMixMethod, Batch, torch.nn.Module]:
+    _, state, loader = prepare_run(run, "test", [])
+    with loader:
+        batch = next(iter(loader.batches(Place(run.seed, 1))))
+    assert isinstance(state.method, BackMixMethod)
+    return state.method, batch, state.model
+
+
+def run_of(data: Path, **options: object) -> Run:
+    base = BackMix(patch=12, warmup=0)
+    return tiny_run(data, Path("unused"), replace(base, **options))  # type: ignore[arg-type]
+
+
+def test_a_donor_never_is_of_an_unknown_class(data: Path) -> None:
+    """With a resident pool donors come from anywhere in it, so it must hold the known alone."""
+    run = replace(run_of(data), split=Split(known=("a", "c")))
+    run = replace(run, loader=replace(run.loader, loader="resident"))
+    method, batch, _ = method_and_batch(run)
+    method.prepare(batch)
+    assert method.drawn is not None
+    with open_set(data) as stored:
+        shown = stored.labels[batch.pool_index[method.drawn.donor].numpy()]
+    assert set(shown.tolist()) == {0, 2}
+    assert (method.row_of[batch.pool_index] == torch.arange(20)).all()
+
+
+@pytest.mark.parametrize(("donor", "equal"), [("same", True), ("other", False)])
+def test_donors_keep_to_the_classes_asked_for(data: Path, donor: str, equal: bool) -> None:
+    method, batch, _ = method_and_batch(run_of(data, donor=donor))
+    method.prepare(batch)
+    drawn = method.drawn
+    assert drawn is not None
+    pasted = drawn.patch[:, 4] > 0
+    assert pasted.any()
+    same = batch.labels[drawn.donor] == batch.labels
+    assert (same[pasted] == equal).all()
+
+
+def test_grey_patches_lie_where_backmix_pastes(data: Path) -> None:
+    """The occlusion control differs from BackMix in what the patches show, in nothing else."""
+    backmix, batch, _ = method_and_batch(run_of(data))
+    grey, _, _ = method_and_batch(run_of(data, mask="grey"))
+    one, other = backmix.prepare(batch), grey.prepare(batch)
+    assert backmix.drawn is not None and grey.drawn is not None
+    assert torch.equal(backmix.drawn.patch, grey.drawn.patch)
+    filled = torch.isclose(other, torch.full_like(other, 0.5)).all(1)
+    areas = filled.flatten(1).sum(1)
+    # A patch is 12 x 12 less what the shift of up to 2 px moved out.
+    assert ((areas >= 100) & (areas <= 144)).all()
+    assert torch.equal(one.permute(0, 2, 3, 1)[~filled], other.permute(0, 2, 3, 1)[~filled])
+
+
+def test_nothing_is_pasted_during_the_warm_up(data: Path) -> None:
+    method, batch, _ = method_and_batch(run_of(data, warmup=2))
+    method.prepare(batch)
+    assert method.drawn is not None and not method.drawn.patch.any()
+
+
+@pytest.mark.parametrize("source", ["raw", "raw+loss", "mix"])
+def test_the_bank_learns_the_maps_of_the_batch_and_of_nobody_else(
+    data: Path, source: str
+) -> None:
+    method, batch, model = method_and_batch(run_of(data, cam_source=source, rate=1.0))
+    images = method.prepare(batch)
+    out = method.loss(images, batch, model)  # type: ignore[arg-type]
+    state = {name: value.clone() for name, value in model.named_buffers()}
+    method.after_backward(batch, out, model, torch.ones(()))  # type: ignore[arg-type]
+    if source == "raw":
+        assert all(torch.equal(state[name], value) for name, value in model.named_buffers())
+    changed = (method.bank != 0.5).flatten(1).any(1)
+    assert set(changed.nonzero().flatten().tolist()) == set(method.row_of[batch.index].tolist())
+    if source == "raw":
+        # Written out once more: the class weights of the label times the map of the plain view.
+        model.eval()
+        plain = batch.pool[batch.rows].permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            _, features = model(plain)
+            heat = torch.einsum("nc,nchw->nhw", model.head.weight[batch.labels], features)
+        low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
+        expected = (heat - low) / (high - low)
+        stored = method.bank[method.row_of[batch.index]].float()
+        assert torch.allclose(stored, expected, atol=2e-3)
+
+
+def test_a_void_step_leaves_the_bank(data: Path) -> None:
+    method, batch, model = method_and_batch(run_of(data, rate=1.0))
+    out = method.loss(method.prepare(batch), batch, model)  # type: ignore[arg-type]
+    method.after_backward(batch, out, model, torch.zeros(()))  # type: ignore[arg-type]
+    assert (method.bank == 0.5).all()
+
+
+@pytest.mark.parametrize("mask", ["none", "grey", "random", "oracle"])
+def test_masks_that_need_no_maps_cost_no_pass(data: Path, masks: Path, mask: str) -> None:
+    method, batch, model = method_and_batch(
+        run_of(data, mask=mask, masks=masks if mask == "oracle" else None)
+    )
+    out = method.loss(method.prepare(batch), batch, model)  # type: ignore[arg-type]
+    method.after_backward(batch, out, model, torch.ones(()))  # type: ignore[arg-type]
+    assert (method.bank == 0.5).all() and not method.learns
+
+
+def test_the_oracle_hits_more_foreground_than_chance_and_the_log_says_so(
+    data: Path, masks: Path
+) -> None:
+    hits = {}
+    for mask in ("oracle", "inverse", "random"):
+        method, batch, model = method_and_batch(run_of(data, mask=mask, masks=masks))
+        if mask == "inverse":  # the coolest cells of a perfect bank
+            assert method.truth is not None
+            method.bank.copy_(method.truth)
+        out = method.loss(method.prepare(batch), batch, model)  # type: ignore[arg-type]
+        hits[mask] = float(out.scalars["mask_hit"])
+    # A 10 px square covers 100 px, of which 4 of 16 cells of 8 px can hold at most 100.
+    assert hits["oracle"] > 0.9
+    assert hits["inverse"] < 0.05
+    assert 0.1 < hits["random"] < 0.45
+
+
+def test_true_foreground_is_averaged_exactly() -> None:
+    mask = np.zeros((5, 6), bool)
+    mask[:3, :2] = True
+    # Rows are cut at 2.5, columns at 2 and 4: the upper left cell is full, the one below 1/5 full.
+    expected = [[1, 0, 0], [0.2, 0, 0]]
+    assert np.allclose(_area_average(mask, (2, 3)), expected)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [("remove", "every training image needs a mask"), ("resize", "is 8 x 9"), ("spoil", "no readable")],
+)
+def test_wrong_masks_are_named(
+    data: Path, masks: Path, tmp_path: Path, break_it: str, said: str
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(masks, tmp_path / "masks")
+    victim = copy / "a" / "0.png"
+    if break_it == "remove":
+        victim.unlink()
+    elif break_it == "resize":
+        Image.fromarray(np.zeros((8, 9), np.uint8)).save(victim)
+    else:
+        victim.write_text("no image")
+    with pytest.raises(ValueError, match=said) as refused:
+        prepare_run(run_of(data, mask="oracle", masks=copy), "test", [])
+    assert str(victim) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"patch": 33}, "--method.patch"),
+        ({"mask": "oracle"}, "--method.masks"),
+        ({"probability": 1.5}, "--method.probability"),
+        ({"mask_ratio": -0.1}, "--method.mask-ratio"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(
+    data: Path, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        prepare_run(run_of(data, **options), "test", [])
+
+
+def test_cool_places_are_cooler_than_drawn_ones(data: Path, masks: Path) -> None:
+    """With true masks as maps, the target's object is covered less."""
+    covered = {}
+    for onto in ("anywhere", "cool"):
+        method, batch, _ = method_and_batch(run_of(data, onto=onto, masks=masks))
+        assert method.truth is not None
+        method.bank.copy_(method.truth)
+        method.prepare(batch)
+        assert method.drawn is not None
+        patch = method.drawn.patch.long()
+        assert (patch[:, :2] >= 0).all() and (patch[:, :2] + patch[:, 4:] <= SIDE).all()
+        assert (patch[:, 4:] == 12).all()
+        shares = [
+            _cell_shares(patch[:, None, axis], patch[:, None, axis + 4], SIDE, 4) for axis in (0, 1)
+        ]
+        heat = method.truth[method.row_of[batch.index]].float()
+        covered[onto] = float(torch.einsum("nti,nij,ntj->nt", shares[0], heat, shares[1]).mean())
+    assert covered["cool"] < 0.5 * covered["anywhere"]
+
+
+def test_window_shares_count_every_pixel_once() -> None:
+    corner, extent = torch.tensor([[0, 3, 29]]), torch.tensor([[32, 5, 3]])
+    shares = _cell_shares(corner, extent, 32, 7)
+    assert shares.sum(-1).tolist() == [[32.0, 5.0, 3.0]]
+    assert shares[0, 0].tolist() == [5.0, 5.0, 4.0, 5.0, 4.0, 5.0, 4.0]  # rows y with y * 7 // 32
+
+
+def test_a_held_out_image_has_no_row_in_the_bank(data: Path) -> None:
+    method, _, _ = method_and_batch(replace(run_of(data), val=0.2))
+    assert len(method.bank) == 32 and int((method.row_of < 0).sum()) == 8
+
+
+def test_crops_are_read_in_the_frame_of_the_stored_image(data: Path) -> None:
+    """A donor's mask follows its own crop: the bank's cell under each cell of the view."""
+    with open_set(data) as stored:
+        subset = select(stored.labels, range(4))
+    assert isinstance(subset, Subset)
+    run = run_of(data)
+    run = replace(run, loader=replace(run.loader, crop="random", scale=(0.1, 0.3)))
+    method, _, _ = method_and_batch(run)
+    with open_loader(run.data, run.loader, subset=subset, seed=0) as loader:
+        batch = next(iter(loader.batches(Place(0))))
+    method.prepare(batch)
+    assert len(batch.boxes.unique(dim=0)) > 1

@@ -1,0 +1,271 @@
+"""The loop: what a run writes, how it stops and goes on, and what a void step leaves alone."""
+
+import hashlib
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backmix.pipeline.order import order
+from backmix.train import loop
+from backmix.train.checkpoint import checkpoint_path, load_tensors
+from backmix.train.log import read_status
+from backmix.train.loop import prepare_run, steps, train
+from backmix.train.methods.softmax import SoftmaxMethod
+from backmix.train.options import BackMix, Run, Softmax, Split
+from tests.runs import tiny_run, tiny_set
+
+METHODS = {
+    "softmax": Softmax(),
+    "raw": BackMix(patch=12, fill="keep", rate=0.5),
+    "raw+loss": BackMix(patch=12, cam_source="raw+loss", donor="other"),
+    "mix": BackMix(patch=12, cam_source="mix", onto="cool", fill="donor", warmup=1),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_set(tmp_path_factory.mktemp("data") / "tiny.beton")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """The sha256 of everything that must end the same: state, weights, log and summary."""
+    names = ["model.safetensors", "log.jsonl", "summary.csv"]
+    names += [f"checkpoints/{p.name}" for p in sorted((run / "checkpoints").iterdir())[-1:]]
+    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
+
+
+def start(run: Run) -> int:
+    return train(run, "test", ["backmix", "train"])
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let SIGTERM arrive after so many steps of this process."""
+    real, taken = loop.take_step, [0]
+
+    def counted(*arguments: object) -> torch.Tensor:
+        taken[0] += 1
+        if taken[0] == count:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "take_step", counted)
+
+
+def test_a_run_writes_its_folder(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert start(tiny_run(data, out)) == 0
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9]  # every 2, and at epochs' ends
+    assert sum(row["samples"] for row in rows) == 3 * 40
+    assert rows[1]["consumed"] == 40 and rows[1]["epoch"] == 0
+    summary = (out / "summary.csv").read_text().splitlines()
+    assert summary[0] == "epoch,step,loss,accuracy" and len(summary) == 4
+    assert read_status(out)["state"] == "finished"
+    config = json.loads((out / "config.json").read_text())
+    assert config["classes"] == ["a", "b", "c", "d"]
+    assert config["run"]["method"]["type"] == "BackMix"
+    assert config["resolved"] == {"device": "cpu", "precision": "fp32", "threads": 1}
+
+
+def test_the_loss_of_the_log_is_the_mean_over_the_samples(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax(), epochs=1, log_every=3)
+    _, state, loader = prepare_run(run, "test", [])
+    with loader:
+        losses = [
+            float(step.loss)
+            for step in steps(state, loader, run, torch.autocast("cpu", enabled=False))
+        ]
+    assert start(run) == 0
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    sizes = [16, 16, 8]
+    expected = sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / 40
+    assert row["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("loader", ["turbo", "resident"])
+def test_a_stopped_run_ends_with_the_same_bits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, loader: str
+) -> None:
+    run = tiny_run(data, tmp_path / "whole", METHODS[name])
+    run = replace(run, loader=replace(run.loader, loader=loader))
+    assert start(run) == 0
+    other = replace(run, out=tmp_path / "stopped")
+    codes = []
+    for count in (1, 2, 3, 99):  # inside an epoch, at its end, in the next one
+        with monkeypatch.context() as patch:
+            stop_after(patch, count)
+            codes.append(start(other))
+    assert codes == [75, 75, 75, 0]
+    assert fingerprint(other.out) == fingerprint(run.out)
+
+
+def test_a_finished_run_is_left_as_it_is(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax())
+    assert start(run) == 0
+    before = fingerprint(run.out)
+    assert start(run) == 0
+    assert fingerprint(run.out) == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(data, tmp_path / "whole")
+    assert start(run) == 0
+    other = replace(run, out=tmp_path / "damaged")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        assert start(other) == 75
+    newest = checkpoint_path(other.out, 7)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes(content)
+    assert start(other) == 0
+    assert fingerprint(other.out) == fingerprint(run.out)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 5}, "seed was 0, is 5"),
+        ({"method": BackMix(patch=8, fill="keep", rate=0.5)}, "method.patch was 12, is 8"),
+        ({"method": Softmax()}, "method.type was BackMix, is Softmax"),
+        ({"split": Split(known=("a", "b"))}, "split.known"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_and_left_alone(
+    data: Path, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    run = tiny_run(data, tmp_path / "run")
+    assert start(run) == 0
+    before = fingerprint(run.out)
+    with pytest.raises(ValueError, match="another configuration") as refused:
+        start(replace(run, **change))  # type: ignore[arg-type]
+    assert said in str(refused.value)
+    assert fingerprint(run.out) == before and read_status(run.out)["state"] == "finished"
+
+
+def test_other_data_are_refused(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run")
+    assert start(run) == 0
+    other = tiny_set(tmp_path / "other.beton", seed=1)
+    with pytest.raises(ValueError, match="digest"):
+        start(replace(run, data=(other,)))
+
+
+def test_a_void_step_leaves_everything_as_it_was(data: Path, tmp_path: Path) -> None:
+    """A loss that is not finite: parameters, momentum, BatchNorm and bank keep their bits."""
+    run = tiny_run(data, tmp_path / "run", BackMix(patch=12, cam_source="mix"), epochs=2)
+    _, state, loader = prepare_run(run, "test", [])
+    autocast = torch.autocast("cpu", enabled=False)
+    with loader:
+        taken = steps(state, loader, run, autocast)
+        next(taken)
+        before = {name: value.clone() for name, value in state.tensors().items()}
+        real = state.method.prepare
+
+        def poisoned(batch):  # noqa: ANN001, ANN202
+            images = real(batch)
+            images[1] = math.nan
+            return images
+
+        state.method.prepare = poisoned  # type: ignore[method-assign]
+        loss = next(taken).loss
+        state.method.prepare = real  # type: ignore[method-assign]
+        assert not torch.isfinite(loss)
+        after = state.tensors()
+        for name, value in before.items():
+            if name.startswith(("model.", "optimizer.", "method.")):
+                assert torch.equal(value, after[name]), name
+        assert int(state.void_steps) == 1
+        next(taken)
+        assert int(state.void_steps) == 1
+        changed = state.tensors()["model.head.weight"]
+        assert torch.isfinite(changed).all() and not torch.equal(
+            changed, before["model.head.weight"]
+        )
+
+
+def test_a_run_that_is_only_void_ends_with_the_samples_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SoftmaxMethod.prepare
+    monkeypatch.setattr(SoftmaxMethod, "prepare", lambda self, batch: real(self, batch) * math.nan)
+    run = tiny_run(data, tmp_path / "run", Softmax(), epochs=30, log_every=12)
+    first = set(order(0, 2, 40)[:16].tolist())  # the third log row in a row ends it, in epoch 2
+    with pytest.raises(ValueError, match="[0-9]+ of the last [0-9]+ steps") as ended:
+        start(run)
+    named = set(json.loads(str(ended.value).split("samples of the first: ")[1].split("]")[0] + "]"))
+    assert named == first
+    assert read_status(run.out)["state"] == "failed"
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would wait for a device: `.item()`, and sizes that depend on data."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        name = str(func)
+        assert not any(word in name for word in self.FORBIDDEN), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_the_device(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doors' CPU form may look at values; the form of other devices is forced here."""
+    monkeypatch.setattr("backmix.kernels.mix_background._reading_is_free", lambda tensor: False)
+    run = tiny_run(data, tmp_path / "run", BackMix(patch=12, cam_source="mix", onto="cool"))
+    _, state, loader = prepare_run(run, "test", [])
+    with loader, NoWaiting():
+        taken = steps(state, loader, run, torch.autocast("cpu", enabled=False))
+        for _ in range(4):
+            next(taken)
+
+
+def test_held_out_images_are_not_trained_on(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax(), val=0.2)
+    _, _, loader = prepare_run(run, "test", [])
+    with loader:
+        assert loader.samples == 32
+        assert np.bincount(loader.subset.labels).tolist() == [8, 8, 8, 8]
+
+
+def test_known_classes_keep_the_order_that_was_asked_for(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax(), split=Split(known=("c", "a")))
+    config, state, loader = prepare_run(run, "test", [])
+    with loader:
+        assert config.classes == ["c", "a"] and config.known == [2, 0]
+        assert state.model.head.out_features == 2 and loader.samples == 20
+
+
+@pytest.mark.parametrize("known", [("x",), ("a", "a")])
+def test_a_class_list_that_names_nothing_is_refused(
+    data: Path, tmp_path: Path, known: tuple[str, ...]
+) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax(), split=Split(known=known))
+    with pytest.raises(ValueError, match=r"--split\.known"):
+        prepare_run(run, "test", [])
+
+
+def test_the_optimizer_state_is_saved_under_parameter_names(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax())
+    assert start(run) == 0
+    tensors, meta = load_tensors(checkpoint_path(run.out, 9))
+    assert "optimizer.head.weight.momentum_buffer" in tensors
+    assert meta["place"] == {"seed": 0, "epoch": 3, "consumed": 0}
+    assert "generator.cpu" in tensors

@@ -1,0 +1,155 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from backmix.train import optim
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+
+
+def gradients(model: nn.Module, step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+
+
+def train(optimizer: torch.optim.Optimizer, model: nn.Module, rates: list[float]) -> None:
+    for step, rate in enumerate(rates):
+        for parameter, gradient in zip(model.parameters(), gradients(model, step), strict=True):
+            parameter.grad = gradient
+        optim.set_learning_rate(optimizer, rate)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+def test_sgd_equals_the_formula_written_out(nesterov, decay):
+    model = small_model()
+    weights = [p.detach().double().clone() for p in model.parameters()]
+    buffers = [torch.zeros_like(w) for w in weights]
+    rates = [0.1, 0.05, 0.2, 0.01]
+    for step, rate in enumerate(rates):
+        for w, b, g in zip(weights, buffers, gradients(model, step), strict=True):
+            g = g.double() + (0.01 * w if decay == "all" or w.ndim > 1 else 0)
+            b.mul_(0.9).add_(g)
+            w.sub_(rate * (g + 0.9 * b if nesterov else b))
+
+    optimizer = optim.make_optimizer(
+        model.named_parameters(), lr=0.1, nesterov=nesterov, weight_decay=0.01, decay=decay
+    )
+    train(optimizer, model, rates)
+    for parameter, expected in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_equals_the_formula_written_out():
+    model = small_model()
+    weights = [p.detach().double().clone() for p in model.parameters()]
+    first = [torch.zeros_like(w) for w in weights]
+    second = [torch.zeros_like(w) for w in weights]
+    rates = [0.01, 0.001, 0.02]
+    for step, rate in enumerate(rates):
+        rows = zip(weights, first, second, gradients(model, step), strict=True)
+        for w, m, v, g in rows:
+            g = g.double()
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g * g)
+            unbiased = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+            w.sub_(rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8))
+
+    train(optim.make_optimizer(model.named_parameters(), kind="adam", lr=1.0), model, rates)
+    for parameter, expected in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_masked_first_step_leaves_parameters_and_buffers_untouched():
+    model = small_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = optim.make_optimizer(model.named_parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.found_inf = torch.ones(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    for parameter, expected in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, expected)
+        assert (optimizer.state[parameter]["momentum_buffer"] == 0).all()
+
+
+def test_frozen_parameters_are_left_out():
+    model = small_model()
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    optimizer = optim.make_optimizer(model.named_parameters(), lr=0.1)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert not any(p is frozen for p in held)
+    assert len(held) == len(list(model.parameters())) - 1
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="no parameters"):
+        optim.make_optimizer([], lr=0.1)
+
+
+def test_nesterov_without_momentum_is_an_error():
+    with pytest.raises(ValueError, match="momentum above 0"):
+        optim.make_optimizer(small_model().named_parameters(), lr=0.1, momentum=0.0, nesterov=True)
+
+
+def test_the_rate_drops_at_the_first_step_of_a_milestone_epoch():
+    # 469 steps an epoch, 100 epochs, as the published open-set runs have it.
+    rates = [optim.stepped(step, 469, 0.1, [30, 60, 90]) for step in range(100 * 469)]
+    for epoch, expected in ((0, 0.1), (29, 0.1), (30, 0.01), (60, 1e-3), (90, 1e-4), (99, 1e-4)):
+        first, last = epoch * 469, epoch * 469 + 468
+        assert rates[first] == rates[last] == pytest.approx(expected)
+
+
+def test_linear_by_hand():
+    # 20 steps, warm-up over 4: 1/5 .. 4/5, then 16/16 .. 1/16.
+    rates = [optim.linear(step, 20, 1.0, 0.2) for step in range(20)]
+    assert rates == pytest.approx([k / 5 for k in range(1, 5)] + [k / 16 for k in range(16, 0, -1)])
+
+
+def test_cosine_by_hand():
+    # 10 steps, warm-up over 2: 1/3, 2/3, then (1 + cos(pi k / 8)) / 2; half the peak in the middle.
+    rates = [optim.cosine(step, 10, 2.0, 0.2) for step in range(10)]
+    assert rates[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
+    assert rates[6] == pytest.approx(1.0)
+    assert rates[4] + rates[8] == pytest.approx(2.0)  # cos(pi/4) = -cos(3 pi/4)
+
+
+def test_cyclic_equals_interpolation_epoch_by_epoch():
+    # Second formula: the published one interpolates inside each epoch between the ends' rates.
+    peak, epochs, per_epoch = 1.7, 16, 7
+    ends = np.interp(np.arange(epochs + 1), [0, 2, epochs], [1e-4 * peak, peak, 0])
+    expected = [
+        np.interp(i, [0, per_epoch], ends[epoch : epoch + 2])
+        for epoch in range(epochs)
+        for i in range(per_epoch)
+    ]
+    steps = epochs * per_epoch
+    rates = [optim.cyclic(step, steps, per_epoch, peak) for step in range(steps)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+@given(st.integers(1, 400), st.integers(1, 50), st.floats(0, 1), st.data())
+def test_no_step_is_wasted_at_rate_zero_and_none_passes_the_peak(steps, per_epoch, warmup, data):
+    step = data.draw(st.integers(0, steps - 1))
+    for schedule in ("milestones", "linear", "cosine", "cyclic"):
+        rate = optim.learning_rate(
+            schedule,
+            step,
+            peak=0.5,
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            warmup=warmup,
+            milestones=(2, 5),
+        )
+        assert 0 < rate <= 0.5

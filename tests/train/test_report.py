@@ -1,0 +1,402 @@
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backmix.train import metrics, report, results, scores
+from backmix.train.evaluate import judge
+from backmix.train.figures import acceptance_curve
+from backmix.train.log import write_status
+from backmix.train.options import BackMix, Run, Softmax, Split
+from backmix.train.outputs import Outputs, store
+from backmix.train.run_folder import as_document
+
+CLASSES = ["cat", "dog", "<script>alert(1)</script>"]
+METHODS = {
+    "softmax": (Softmax(), 1.0),
+    "cutout": (BackMix(mask="grey"), 1.4),
+    "backmix": (BackMix(), 1.9),
+}
+
+
+def outputs(name: str, kind, n: int, strength: float, seed: int) -> Outputs:
+    """Make logits whose largest is larger for known images, the more so the larger `strength`."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(3, size=n) if kind == "known" else np.full(n, -1)
+    logits = rng.normal(size=(n, 3)).astype(np.float32)
+    if kind == "known":
+        logits[np.arange(n), labels] += strength
+    return Outputs(
+        name=name,
+        kind=kind,
+        logits=logits,
+        features=np.zeros((n, 2), np.float32),
+        labels=labels,
+        index=np.arange(n),
+        files=(f"{name}.beton",),
+        digest="d1",
+        bad=("x/<b>.png",) if kind == "unknown" else (),
+    )
+
+
+def write_run(root: Path, method: str, seed: int, *, split: Split | None = None, **options) -> Path:
+    """Write the folder of a finished and judged run, without training it."""
+    chosen, strength = METHODS[method]
+    folder = root / f"{method}-{seed}-{len(list(root.iterdir()))}"
+    run = Run(
+        data=(Path("train.beton"),),
+        out=folder,
+        seed=seed,
+        split=split or Split(),
+        **{"method": chosen, "epochs": 2, **options},
+    )
+    (folder / "scores").mkdir(parents=True)
+    config = {
+        "run": as_document(run),
+        "recipe": f"demo-{method}",
+        "resolved": {"precision": "fp32", "device": "cpu", "threads": 1},
+        "classes": CLASSES,
+        "known": [0, 1, 2],
+        "data": {"files": ["train.beton"], "digest": f"data{seed}", "samples": 100},
+        "versions": {"torch": "2.13.0", "backmix": "0.1.0"},
+        "commit": "abc123",
+        "command": f"backmix train demo-{method} --seed {seed}",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    known = outputs("known", "known", 60, strength, 10 * seed)
+    unknown = outputs("unknown", "unknown", 40, strength, 10 * seed + 1)
+    for one in (known, unknown):
+        store(folder / "scores" / f"{one.name}.safetensors", one)
+    document = {"split": None, "classes": CLASSES, "notes": [], **judge(known, [unknown])}
+    if split and split.protocol:
+        document["split"] = {"protocol": split.protocol, "family": "A", "list": split.list}
+    (folder / "metrics.json").write_text(json.dumps(document))
+    rows = [
+        {
+            "step": 4 * epoch,
+            "epoch": epoch - 1,
+            "consumed": 100,
+            "samples": 100,
+            "loss": 1 / epoch,
+            "accuracy": epoch / 3,
+            "lr": 0.1,
+            "grad_norm": 1.0,
+            "bad_steps": 1,
+            **({"mask_hit": 0.5} if method == "backmix" else {}),
+        }
+        for epoch in (1, 2)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_status(folder, "finished", 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [write_run(root, method, seed) for method in METHODS for seed in (0, 1, 2)]
+
+
+def logit_auroc(run: Path) -> float:
+    return json.loads((run / "metrics.json").read_text())["unknown"]["unknown"]["scores"][
+        "max_logit"
+    ]["auroc"]
+
+
+def row_of(groups: list[results.Group], label: str, score: str = "max_logit") -> results.Row:
+    (table,) = results.tables(groups)
+    (row,) = [row for row in table.rows if (row.label, row.score) == (label, score)]
+    return row
+
+
+# --- the numbers --------------------------------------------------------------------------------
+
+
+def test_repetitions_are_averaged_and_differences_are_paired_by_seed(nine):
+    groups = results.read_all(nine)
+    assert [group.label for group in groups] == ["softmax", "Cutout", "BackMix"]
+    softmax, backmix = nine[0:3], nine[6:9]
+    row = row_of(groups, "BackMix")
+    values = [logit_auroc(run) for run in backmix]
+    assert row.runs == 3
+    assert row.figures["auroc"].mean == pytest.approx(sum(values) / 3)
+    assert row.figures["auroc"].sd == pytest.approx(np.std(values, ddof=1))
+    pairs = [after - logit_auroc(b) for after, b in zip(values, softmax, strict=True)]
+    assert row.differences["auroc"].values == pytest.approx(pairs)
+    # The spread of paired differences is not that of the two methods: it is its own figure.
+    assert row.differences["auroc"].sd == pytest.approx(statistics.stdev(pairs))
+    assert row_of(groups, "softmax").differences == {}
+
+
+def test_the_order_of_folders_changes_nothing_but_the_order_of_methods(nine):
+    forwards = results.tables(results.read_all(nine))
+    backwards = results.tables(results.read_all(nine[::-1]))
+    assert {r.label: r for r in forwards[0].rows} == {r.label: r for r in backwards[0].rows}
+
+
+def test_a_run_without_its_baseline_has_no_difference(nine):
+    row = row_of(results.read_all([nine[0], *nine[7:]]), "BackMix")  # softmax of seed 0 only
+    assert row.runs == 2 and row.differences == {}
+
+
+def test_a_single_run_has_no_spread(nine):
+    spread = row_of(results.read_all(nine[:1]), "softmax").figures["auroc"]
+    assert spread.sd is None
+    assert spread.percent() == f"{100 * logit_auroc(nine[0]):.1f}"
+
+
+def test_percent_by_hand():
+    # Mean 0.25, deviations -0.05, 0, 0.05: sd 0.05.
+    assert results.Spread((0.2, 0.25, 0.3)).percent() == "25.0 ± 5.0"
+    assert results.Spread((-0.02, -0.04)).percent(sign=True) == "\N{MINUS SIGN}3.0 ± 1.4"
+    assert results.Spread((0.012,)).percent(sign=True) == "+1.2"
+
+
+def test_configurations_of_one_method_are_kept_apart_and_named_by_what_differs(tmp_path):
+    small = write_run(tmp_path, "backmix", 0, method=BackMix(patch=4))
+    large = write_run(tmp_path, "backmix", 0, method=BackMix(patch=8, fill="keep"))
+    base = write_run(tmp_path, "softmax", 0)
+    labels = [group.label for group in results.read_all([small, large, base])]
+    assert labels == ["softmax", "BackMix (patch 4, fill grey)", "BackMix (patch 8, fill keep)"]
+
+
+def test_class_lists_are_repetitions_and_families_are_not(tmp_path):
+    runs = [
+        write_run(tmp_path, "softmax", 0, split=Split(protocol="cifar10", list=number))
+        for number in (2, 0, 1)
+    ]
+    (group,) = results.read_all(runs)
+    assert [run.name for run in group.runs] == [f"list A{i}, seed 0" for i in range(3)]
+    other = write_run(tmp_path, "softmax", 0, split=Split(protocol="cifar10", family="B-cac"))
+    labels = [group.label for group in results.read_all([*runs, other])]
+    assert labels == ["softmax (family A)", "softmax (family B-cac)"]
+
+
+def test_a_baseline_of_other_training_is_no_baseline(tmp_path):
+    base = write_run(tmp_path, "softmax", 0)
+    longer = write_run(tmp_path, "backmix", 0, epochs=100)
+    assert row_of(results.read_all([base, longer]), "BackMix").differences == {}
+
+
+@pytest.mark.parametrize(
+    ("mask", "label"),
+    [
+        ("cam", "BackMix"),
+        ("grey", "Cutout"),
+        ("none", "patch without mask"),
+        ("oracle", "oracle mask"),
+    ],
+)
+def test_ablations_have_names(mask, label):
+    assert results.method_label({"type": "BackMix", "mask": mask}) == label
+
+
+# --- the curves ---------------------------------------------------------------------------------
+
+
+def test_curve_by_hand():
+    # Known 4, 3, 1; unknown 3, 2. Accepted from above: 4 (k), 3 (k and u tie), 2 (u), 1 (k).
+    known, unknown = np.array([4.0, 3.0, 1.0]), np.array([3.0, 2.0])
+    shares = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    curve = acceptance_curve(known, np.ones(3, bool), unknown, shares)
+    # (0, 1/3), then the tie's slope to (1/2, 2/3), flat to 1, where the last known one comes.
+    np.testing.assert_allclose(curve, [1 / 3, 1 / 2, 2 / 3, 2 / 3, 1])
+    right = np.array([True, False, True])
+    curve = acceptance_curve(known, right, unknown, shares)
+    np.testing.assert_allclose(curve, [1 / 3, 1 / 3, 1 / 3, 1 / 3, 2 / 3])
+
+
+def test_the_area_under_the_curves_is_the_metric():
+    known = outputs("known", "known", 500, 1.0, 0)
+    unknown = outputs("unknown", "unknown", 300, 1.0, 1)
+    right = known.logits.argmax(1) == known.labels
+    k, u = scores.max_logit(known.logits), scores.max_logit(unknown.logits)
+    k, u = k.round(1), u.round(1)  # many ties
+    shares = np.linspace(0, 1, 30_001)
+    for counted, area in (
+        (np.ones(500, bool), metrics.auroc(k, u)),
+        (right, metrics.oscr(k, right, u)),
+    ):
+        curve = acceptance_curve(k, counted, u, shares)
+        assert np.trapezoid(curve, shares) == pytest.approx(area, abs=1e-3)
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(nine, tmp_path_factory) -> tuple[str, str]:
+    """Return the page of nine runs and the Markdown that came with it."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    text = report.write_report(nine, path)
+    return path.read_text(encoding="utf-8"), text
+
+
+@pytest.fixture(scope="module")
+def page(written) -> str:
+    return written[0]
+
+
+def test_the_page_asks_no_network_and_runs_no_script(page):
+    addresses = re.findall(r"""(?:src|href|url|action)\s*[=(]\s*["']?([^"'\s>)]+)""", page)
+    assert all(address.startswith(("#", "data:")) for address in addresses), addresses
+    assert re.findall(r"<script[^>]*>", page) == ['<script type="application/json" id="numbers">']
+    assert "@import" not in page and "<link" not in page
+    assert len(page) < 5_000_000
+
+
+def test_foreign_text_is_escaped(page):
+    assert "<script>alert" not in page and "x/<b>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_the_tables_hold_the_figures_of_the_runs(nine, page):
+    values = [logit_auroc(run) for run in nine[6:]]
+    mean, sd = 100 * statistics.fmean(values), 100 * statistics.stdev(values)
+    assert f"{mean:.1f} ± {sd:.1f}" in page
+    for value in values:
+        assert f">{100 * value:.2f}</td>" in page
+    changes = [after - logit_auroc(b) for after, b in zip(values, nine[:3], strict=True)]
+    assert f"{sum(change > 0 for change in changes)} of 3" in page
+
+
+def test_the_raw_numbers_come_back_from_the_page(nine, page):
+    text = re.search(
+        r'<script type="application/json" id="numbers">(.*?)</script>', page, re.DOTALL
+    )
+    assert text
+    numbers = json.loads(text[1])
+    assert [group["label"] for group in numbers["groups"]] == ["softmax", "Cutout", "BackMix"]
+    run = numbers["groups"][2]["runs"][1]
+    assert run["metrics"] == json.loads((nine[7] / "metrics.json").read_text())
+    assert run["config"]["classes"] == CLASSES
+
+
+def test_every_chart_has_a_sentence_a_table_and_no_small_letters(page):
+    figures = re.findall(r"<figure aria-labelledby.*?</figure>", page, re.DOTALL)
+    assert len(figures) == 4  # ROC, OSCR, histograms, training
+    for figure in figures:
+        assert "<figcaption>" in figure and "Data of this chart" in figure and "<svg" in figure
+        sizes = [float(size) for size in re.findall(r"font: ([\d.]+)px", figure)]
+        # An SVG unit is a point here: 4/3 of a pixel.
+        assert sizes and min(sizes) * 4 / 3 >= 11
+        assert not re.search(r"#(?:[0-9a-f]{6})\b", figure.lower()), "a colour outside the theme"
+
+
+def test_the_header_says_where_the_figures_come_from(page):
+    for fact in ("abc123", "torch 2.13.0", "data0", "0, 1, 2", "--seed 2", "100 training images"):
+        assert fact in page
+
+
+def test_missing_training_data_leaves_a_sentence_in_place_of_the_picture(page):
+    assert page.count("There is no picture:") == 2  # Cutout and BackMix
+
+
+def test_the_markdown_is_that_of_the_tables(nine, written):
+    lines = [line for line in written[1].splitlines() if line.startswith("| MaxLogit | BackMix |")]
+    row = row_of(results.read_all(nine), "BackMix")
+    assert len(lines) == 1
+    assert row.figures["auroc"].percent() in lines[0]
+    assert row.differences["auroc"].percent(sign=True) in lines[0]
+
+
+def test_two_unknown_sets_make_two_tables(tmp_path):
+    run = write_run(tmp_path, "softmax", 0)
+    other = replace(outputs("far", "unknown", 30, 1.0, 5), bad=())
+    store(run / "scores" / "far.safetensors", other)
+    document = json.loads((run / "metrics.json").read_text())
+    known = outputs("known", "known", 60, 1.0, 0)
+    document["unknown"] |= judge(known, [other])["unknown"]
+    (run / "metrics.json").write_text(json.dumps(document))
+    found = results.tables(results.read_all([run]))
+    assert [table.unknown for table in found] == ["unknown", "far"]
+    assert found[1].images == "60 known and 30 unknown images"
+    report.write_report([run], tmp_path / "report.html")
+
+
+def test_runs_judged_on_known_images_only_have_a_page_too(tmp_path):
+    run = write_run(tmp_path, "softmax", 0)
+    document = json.loads((run / "metrics.json").read_text())
+    document["unknown"] = {}
+    (run / "metrics.json").write_text(json.dumps(document))
+    report.write_report([run], tmp_path / "report.html")
+    assert "judged on known images only" in (tmp_path / "report.html").read_text()
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def break_run(run: Path, name: str, content: str | None) -> None:
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, "is no run folder: it has no config.json"),
+        ("config.json", "{", "config.json cannot be read"),
+        ("config.json", "{}", "damaged"),
+        ("status.json", '{"state": "stopped", "step": 5, "why": "SIGTERM"}', "stopped at step 5"),
+        ("status.json", '{"state": "running", "step": 5, "why": ""}', "running at step 5"),
+        ("metrics.json", None, "has not been evaluated: run `backmix evaluate"),
+        ("metrics.json", "{", "damaged"),
+        ("metrics.json", '{"unknown": {}}', "damaged"),
+        ("log.jsonl", "{]", "damaged"),
+        ("scores/known.safetensors", None, "known.safetensors"),
+        ("scores/unknown.safetensors", "nonsense", "unknown.safetensors is damaged"),
+    ],
+)
+def test_a_folder_that_cannot_be_reported_is_named_with_the_reason(
+    tmp_path, name, content, message
+):
+    run = write_run(tmp_path, "softmax", 0)
+    break_run(run, name, content)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        report.write_report([run], tmp_path / "report.html")
+    assert str(run) in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is no run folder"):
+        report.write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+
+
+def test_no_folder_at_all_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run folder was given"):
+        report.write_report([], tmp_path / "report.html")
+
+
+def test_the_same_run_under_two_names_is_refused(tmp_path):
+    first, second = (write_run(tmp_path, "softmax", 0) for _ in range(2))
+    with pytest.raises(ValueError, match="the same run twice"):
+        report.write_report([first, second], tmp_path / "report.html")
+
+
+def test_the_same_folder_twice_counts_once(tmp_path):
+    run = write_run(tmp_path, "softmax", 0)
+    (group,) = results.read_all([run, run / ".." / run.name])
+    assert len(group.runs) == 1
+
+
+def test_a_figure_that_is_no_number_is_refused(tmp_path):
+    run = write_run(tmp_path, "softmax", 0)
+    document = json.loads((run / "metrics.json").read_text())
+    document["known"]["accuracy"] = math.nan
+    (run / "metrics.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="not a number"):
+        results.read_all([run])
+
+
+def test_a_folder_to_write_into_that_does_not_exist_is_named(tmp_path):
+    run = write_run(tmp_path, "softmax", 0)
+    with pytest.raises(ValueError, match="there is no folder"):
+        report.write_report([run], tmp_path / "none" / "report.html")

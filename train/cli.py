@@ -1,0 +1,310 @@
+"""The command line: one function per command, heavy imports inside them.
+
+Exit codes: 0 done; 1 failed, with one message on stderr; 2 wrong usage; 75 stopped by a signal with a
+checkpoint written and more to do; 130 interrupted with nothing to continue.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from backmix.pipeline.options import ConvertOptions
+from backmix.train.options import EvaluateOptions, PreviewOptions
+from backmix.train.recipes import RECIPES
+
+Asked = TypeVar("Asked")
+CONFIG = (tyro.conf.FlagCreatePairsOff,)
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a folder, tar or published data set into one .beton file.
+
+    SOURCE is folder:DIR, tar:FILE//PREFIX, cifar:DIR[//test] or tinyimagenet:DIR[//val].
+    """
+
+    source: tyro.conf.Positional[str]
+    """folder:DIR, tar:FILE//PREFIX, cifar:DIR[//test], tinyimagenet:DIR[//val]."""
+    out: tyro.conf.Positional[Path]
+    """The .beton file to write; a manifest OUT.beton.jsonl is written beside it."""
+    options: tyro.conf.OmitArgPrefixes[ConvertOptions] = field(default_factory=ConvertOptions)
+    """How images are stored."""
+    quiet: bool = False
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Print what is in a .beton file."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """.beton files; several are the shards of one set."""
+    verify: bool = False
+    """Check every sample's checksum and decode it; exit code 1 where one fails."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Say how a run stands: exit code 0 finished, 75 go on, 1 failed, 3 running."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score known and unknown test images with a trained run and measure how well they part."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    options: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
+    """What to score."""
+    quiet: bool = False
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Make one self-contained page of one or several runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders; those of one method are averaged over splits and seeds."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The page to write."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Draw target, donor with its mask, and mixed image, side by side."""
+
+    data: tyro.conf.Positional[Path]
+    """A .beton file."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("preview.png")
+    """The picture to write."""
+    options: tyro.conf.OmitArgPrefixes[PreviewOptions] = field(default_factory=PreviewOptions)
+    """What to draw."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run the whole road on synthetic images: data, training, evaluation, report."""
+
+    out: Path = Path("demo")
+    """Folder for everything that is made; a second call continues."""
+    seeds: int = 3
+    """Number of seeds, from 0."""
+
+
+def _ask(command: type[Asked], name: str, arguments: Sequence[str]) -> Asked:
+    """Parse a command's arguments; a mistake ends the process with exit code 2 and a hint."""
+    return tyro.cli(command, prog=f"backmix {name}", args=arguments, config=CONFIG)
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    asked = _ask(Convert, "convert", arguments)
+    from backmix.pipeline.convert import convert
+
+    with _Bar("converting", asked.quiet) as bar:
+        summary = convert(asked.source, asked.out, asked.options, progress=bar)
+    print(summary)
+    return DONE
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    asked = _ask(Inspect, "inspect", arguments)
+    from backmix.pipeline.inspect import describe, verify
+
+    if not asked.files:
+        return _usage("backmix inspect needs a .beton file")
+    print(describe(asked.files))
+    if not asked.verify:
+        return DONE
+    with _Bar("verifying", quiet=False) as bar:
+        problems = verify(asked.files, progress=bar)
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems found" if problems else "every sample verified")
+    return FAILED if problems else DONE
+
+
+def _train(arguments: Sequence[str]) -> int:
+    run_type = tyro.extras.subcommand_type_from_defaults(
+        {name: recipe() for name, recipe in RECIPES.items()},
+        {name: _first_line(recipe) for name, recipe in RECIPES.items()},
+        prefix_names=False,
+    )
+    asked = tyro.cli(
+        run_type,
+        prog="backmix train",
+        description="Train a recipe; the same command continues an unfinished run.",
+        args=arguments,
+        config=(tyro.conf.AvoidSubcommands, *CONFIG),
+    )
+    if not asked.data:
+        return _usage("backmix train needs the training set: --data FILE.beton")
+    from backmix.train.loop import train
+
+    recipe = next(word for word in arguments if word in RECIPES)
+    return train(asked, recipe, ["backmix", "train", *arguments])
+
+
+def _first_line(recipe: Callable[..., object]) -> str:
+    """Return what a recipe is, from its docstring's first line."""
+    text = (recipe.__doc__ or "").split("\n")[0].removeprefix("Return ")
+    return text[:1].upper() + text[1:]
+
+
+def _status(arguments: Sequence[str]) -> int:
+    asked = _ask(Status, "status", arguments)
+    from backmix.train.log import read_status
+
+    status = read_status(asked.run)
+    print(
+        f"{status['state']} at step {status['step']:,}"
+        + (f": {status['why']}" if status.get("why") else "")
+    )
+    return {"finished": 0, "stopped": 75, "failed": 1, "running": 3}[status["state"]]
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    asked = _ask(Evaluate, "evaluate", arguments)
+    from backmix.train.evaluate import evaluate, table
+    from backmix.train.log import Progress
+
+    print(table(evaluate(asked.run, asked.options, say=Progress(asked.quiet).show)))
+    return DONE
+
+
+def _report(arguments: Sequence[str]) -> int:
+    asked = _ask(Report, "report", arguments)
+    if not asked.runs:
+        return _usage("backmix report needs a run folder")
+    from backmix.train.report import write_report
+
+    write_report(asked.runs, asked.out)
+    print(f"wrote {asked.out}")
+    return DONE
+
+
+def _preview(arguments: Sequence[str]) -> int:
+    asked = _ask(Preview, "preview", arguments)
+    from backmix.train.preview import write_preview
+
+    write_preview(asked.data, asked.out, asked.options)
+    print(f"wrote {asked.out}")
+    return DONE
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    asked = _ask(Demo, "demo", arguments)
+    from backmix.train.demo import run_demo
+
+    return run_demo(asked.out, range(asked.seeds))
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "convert": (_convert, "a folder, tar or published data set -> one .beton file"),
+    "inspect": (_inspect, "what is in a .beton file; --verify checks every sample"),
+    "preview": (_preview, "a picture of targets, donors with masks, and mixes"),
+    "train": (_train, "train a recipe, or continue a run"),
+    "status": (_status, "how a run stands, as an exit code for schedulers"),
+    "evaluate": (_evaluate, "scores and open-set metrics of a run"),
+    "report": (_report, "one page about one or several runs"),
+    "demo": (_demo, "the whole road on synthetic images"),
+}
+
+
+class _Bar:
+    """A progress bar on a terminal, plain lines elsewhere; called with (done, total)."""
+
+    def __init__(self, what: str, quiet: bool) -> None:
+        self.what = what
+        self.quiet = quiet
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from backmix.train.log import Progress
+
+        progress = Progress(self.quiet)
+
+        def show(done: int, total: int) -> None:
+            progress.show(f"{self.what}: {done:,} of {total:,}", final=done == total)
+
+        return show
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+def _usage(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return USAGE
+
+
+def _help() -> str:
+    from backmix import __version__
+
+    lines = [f"backmix {__version__}: open-set recognition regularised by image backgrounds", ""]
+    lines += ["usage: backmix COMMAND [--help] [options]", ""]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "--debug after any command shows the traceback of an error."]
+    return "\n".join(lines)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code; a user's mistake is one line on stderr."""
+    words = [word for word in argv if word != "--debug"]
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return DONE if words else USAGE
+    if words[0] == "--version":
+        from backmix import __version__
+
+        print(__version__)
+        return DONE
+    if words[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _usage(f"there is no command {words[0]!r}{hint} (backmix --help lists them)")
+    try:
+        return COMMANDS[words[0]][0](words[1:])
+    except (ValueError, OSError, MemoryError) as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {_text(error)}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _text(error: BaseException) -> str:
+    """Return an error's message as a person reads it."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
+    return str(error) or type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Enter from the console script: exit with the command's code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Charts of the report: numbers in, one inline SVG and its data table out.
+
+Nothing here knows about runs or files. Text stays text, colours become variables of the page, so
+that a chart follows the reader's light or dark theme, and no series is told by its colour alone.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (Color Universal Design, 2008), darkest first; yellow is left out, because
+# a yellow line on white cannot be seen. The page defines the variables for light and dark.
+_COLOURS = {
+    "#0072b2": "--blue",
+    "#d55e00": "--vermilion",
+    "#009e73": "--green",
+    "#cc79a7": "--purple",
+    "#e69f00": "--orange",
+    "#56b4e9": "--sky",
+    "#111111": "--ink",
+    "#b0b0b1": "--grid",
+}
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (8, 2)))
+_MARKERS = "osD^vPX"
+_PANEL = 3.25, 2.9
+"""Width and height of one panel [inches]."""
+_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a panel; the same name has the same look in all panels of a chart."""
+
+    name: str
+    x: np.ndarray
+    """float [m]."""
+    y: np.ndarray
+    """float [m]."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A pair of axes with its lines."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    unit: bool = False
+    """Both axes are shares from 0 to 1; the diagonal of pure chance is drawn."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Scores of known and unknown images on one axis."""
+
+    title: str
+    known: np.ndarray
+    """float [n]."""
+    unknown: np.ndarray
+    """float [m]."""
+    threshold: float
+    """Score that 95 % of the known images reach."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart and what stands beside it."""
+
+    title: str
+    text: str
+    """One sentence with the numbers that the chart shows."""
+    svg: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    """The data as text, for readers who cannot or will not read the chart."""
+
+
+def line_chart(panels: Sequence[Panel]) -> str:
+    """Return the panels side by side with one legend below them, as SVG text."""
+    names = list(dict.fromkeys(series.name for panel in panels for series in panel.series))
+    figure, axes = _figure(len(panels), legend_rows=-(-len(names) // 3))
+    for panel, axis in zip(panels, axes, strict=True):
+        axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        if panel.unit:
+            axis.plot([0, 1], [0, 1], color="#b0b0b1", linewidth=1, zorder=1)
+            axis.set(xlim=(0, 1), ylim=(0, 1))
+        for series in panel.series:
+            number = names.index(series.name)
+            axis.plot(series.x, series.y, **_look(number, len(series.x)))
+    handles = [figure.axes[0].plot([], [], **_look(i, 1))[0] for i in range(len(names))]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)))
+    return _svg(figure)
+
+
+def histogram_chart(histograms: Sequence[Histogram], x_label: str) -> str:
+    """Return one panel per histogram, known filled and unknown outlined, as SVG text."""
+    figure, axes = _figure(len(histograms), legend_rows=1)
+    for histogram, axis in zip(histograms, axes, strict=True):
+        both = np.concatenate([histogram.known, histogram.unknown])
+        edges = np.linspace(both.min(), max(both.max(), both.min() + 1e-9), 41)
+        axis.set(title=histogram.title, xlabel=x_label, ylabel="share of images per bin")
+        axis.hist(
+            histogram.known,
+            edges,
+            weights=np.full(len(histogram.known), 1 / len(histogram.known)),
+            histtype="stepfilled",
+            color="#0072b2",
+            alpha=0.55,
+            label="known",
+        )
+        axis.hist(
+            histogram.unknown,
+            edges,
+            weights=np.full(len(histogram.unknown), 1 / len(histogram.unknown)),
+            histtype="step",
+            color="#d55e00",
+            linestyle="--",
+            linewidth=2,
+            label="unknown",
+        )
+        axis.axvline(
+            histogram.threshold,
+            color="#111111",
+            linestyle=":",
+            linewidth=1.5,
+            label="95 % of the known images are to the right",
+        )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return _svg(figure)
+
+
+def acceptance_curve(
+    known: np.ndarray, counted: np.ndarray, unknown: np.ndarray, shares: np.ndarray
+) -> np.ndarray:
+    """Return the share of known images that count and are accepted, float64 [m].
+
+    Args:
+        known: scores of known images, [n].
+        counted: which of them count when accepted, bool [n]: all for the ROC curve, those of the
+            right class for the OSCR curve.
+        unknown: scores of unknown images.
+        shares: shares of unknown images accepted at which to read the curve, ascending, [m].
+
+    A tie of known and unknown scores is a sloped piece, as half credit in the area has it.
+    """
+    scores = np.concatenate([known, unknown])
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    last = np.append(ranked[1:] != ranked[:-1], True)  # the end of every run of equal scores
+    is_known = order < len(known)
+    gain = np.concatenate([counted, np.zeros(len(unknown), bool)])[order]
+    x = np.concatenate([[0], np.cumsum(~is_known)[last] / len(unknown)])
+    y = np.concatenate([[0], np.cumsum(gain)[last] / len(known)])
+    return np.interp(shares, x, y)
+
+
+def _figure(panels: int, legend_rows: int) -> "tuple[Figure, list[Axes]]":
+    """Return a figure with its panels in rows of three, and their axes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = min(panels, _COLUMNS)
+    rows = -(-panels // columns)
+    size = (max(_PANEL[0] * columns, 5.0), _PANEL[1] * rows + 0.3 * legend_rows)
+    with matplotlib.rc_context(_settings()):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
+    for axis in axes:
+        axis.grid(True, color="#b0b0b1", linewidth=0.5)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _settings() -> dict[Any, Any]:
+    """Return matplotlib's settings; 9 points are 12 pixels in the page."""
+    ink = "#111111"
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "backmix",
+        "text.parse_math": False,
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "legend.fontsize": 9,
+        "legend.frameon": False,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": ink,
+        "axes.titlecolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+
+
+def _look(number: int, points: int) -> dict[str, Any]:
+    """Return colour, line and marker of the series with this number."""
+    colours = list(_COLOURS)[:7]
+    return {
+        "color": colours[number % len(colours)],
+        "linestyle": _LINES[number % len(_LINES)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markevery": (number * 3 % 10, max(1, points // 6)),
+        "markersize": 4.5,
+        "linewidth": 1.8,
+    }
+
+
+def _svg(figure: "Figure") -> str:
+    """Return a figure as an SVG element: no prolog, no metadata, colours as variables."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context(_settings()), warnings.catch_warnings():
+        # A name may hold letters that this font lacks; the reader's browser has other fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    # The style element would hold for the whole page, which has the same rule for charts alone.
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    # Names of groups are alike in all charts of a page, and nothing refers to them.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    for colour, variable in _COLOURS.items():
+        text = text.replace(colour, f"var({variable})")
+    return text.strip()

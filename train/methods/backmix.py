@@ -1,0 +1,318 @@
+"""BackMix: paste patches of other images' backgrounds, found by class activation maps.
+
+Wang, Mu, Huang, Wang, Zhu, Hu: "BackMix: Regularizing Open Set Recognition by Removing Underlying
+Fore-Background Priors" (TPAMI 2025). The two operations are `kernels/mix_background.py` and
+`kernels/update_cam_bank.py`; this file draws, calls them in order, and keeps the bank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backmix.kernels.mix_background import (
+    Mode,
+    box_fractions,
+    mask_views,
+    mix_background,
+    view_heat,
+)
+from backmix.kernels.update_cam_bank import update_cam_bank
+from backmix.pipeline import draws
+from backmix.pipeline.batch import Batch
+from backmix.pipeline.beton import BetonSet
+from backmix.pipeline.subset import Subset
+from backmix.train.methods.method import Out
+from backmix.train.methods.views import DeviceDraws, border_of, full_boxes, to_device, unmixed
+from backmix.train.models.build import Model
+from backmix.train.options import Augment, BackMix
+
+COOL_TRIES = 8
+"""Places tried for `onto = cool`."""
+
+
+@dataclass
+class BackMixMethod:
+    """Mix, train on the mix under the target's label, and keep the activation maps of all images."""
+
+    options: BackMix
+    augment: Augment
+    label_smoothing: float
+    bank: Tensor
+    """fp16 [N, g, g']: one map per training sample, in the frame of the stored image."""
+    truth: Tensor | None
+    """fp16 [N, g, g']: true share of foreground per cell, where masks are given."""
+    row_of: Tensor
+    """int64 [samples]: bank row of a sample number, -1 outside the training subset."""
+    label_of: np.ndarray
+    """int64 [samples], on the host: label of a sample number, -1 outside the training subset."""
+    drawn: DeviceDraws | None = None
+    """Draws of the batch in hand, between prepare and after_backward."""
+    scalars: dict[str, Tensor] | None = None
+    """Log figures of the batch in hand."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether the masks depend on the bank, so that it must be kept up to date."""
+        return self.options.mask in ("cam", "inverse") or self.options.onto == "cool"
+
+    def prepare(self, batch: Batch) -> Tensor:
+        """Draw for every image and return the mixed, flipped, shifted, normalised views."""
+        options = self.options
+        pool_index = batch.pool_index.cpu().numpy()
+        height, width = batch.pool.shape[1:3]
+        device = batch.pool.device
+        epoch = batch.place.epoch
+        drawn = to_device(
+            draws.mix_draws(
+                batch.place.seed,
+                epoch,
+                batch.index.cpu().numpy(),
+                rows=batch.rows.cpu().numpy(),
+                pool_rows=len(pool_index),
+                group=batch.group,
+                size=(height, width),
+                patch=options.patch,
+                position=options.position,
+                probability=options.probability if epoch >= options.warmup else 0.0,
+                flip=self.augment.flip,
+                pad=self.augment.pad,
+                donor_class=options.donor,
+                labels=self.label_of[pool_index] if options.donor != "any" else None,
+            ),
+            device,
+        )
+        if options.onto == "cool":
+            drawn = self._onto_cool_cells(batch, drawn)
+        self.drawn = drawn
+
+        bank = self.masking_bank()
+        bank_row = self.row_of[batch.pool_index[drawn.donor]]
+        # A batch pool shows crops, row i of the pool being image i; a resident one whole images.
+        boxes = box_fractions(batch.boxes, batch.sizes)
+        box = boxes[drawn.donor] if batch.group else full_boxes(len(batch), device)
+        cells = self.mask_cells()
+        self.scalars = self._hits(bank, bank_row, cells, drawn)
+        return mix_background(
+            batch.pool,
+            batch.rows,
+            drawn.donor,
+            bank=bank,
+            bank_row=bank_row,
+            box=box,
+            patch=drawn.patch,
+            flip=drawn.flip,
+            shift=drawn.shift,
+            tie=drawn.tie,
+            mask_cells=cells,
+            mean=self.augment.mean,
+            std=self.augment.std,
+            fill=self._fill(batch, drawn),
+            pad=border_of(self.augment),
+            mode=self.mode(),
+        )
+
+    def loss(self, images: Tensor, batch: Batch, model: Model) -> Out:
+        """Return the cross-entropy of the mix; with raw+loss, plus that of the plain views."""
+        options = self.options
+        if options.cam_source == "raw+loss":
+            n = len(batch)
+            both = torch.cat([images, unmixed(batch, self.augment, None)])
+            both = both.contiguous(memory_format=torch.channels_last)
+            logits, features = model(both)
+            per_sample = self._entropy(logits, batch.labels.repeat(2))
+            mixed, raw = per_sample[:n], per_sample[n:]
+            loss = mixed.mean() + options.raw_weight * raw.mean()
+            per_sample = (mixed + options.raw_weight * raw).detach()
+            return Out(loss, logits[:n], features[n:], per_sample, self.scalars or {})
+        logits, features = model(images)
+        per_sample = self._entropy(logits, batch.labels)
+        return Out(per_sample.mean(), logits, features, per_sample.detach(), self.scalars or {})
+
+    def after_backward(self, batch: Batch, out: Out, model: Model, alive: Tensor) -> None:
+        """Write the images' activation maps into the bank, with the weights that made them."""
+        if not self.learns:
+            return
+        options = self.options
+        features = out.features.detach()
+        if options.cam_source == "raw":
+            # Evaluation mode: neither dropout nor a second update of the BatchNorm statistics.
+            model.eval()
+            with torch.no_grad():
+                _, features = model(unmixed(batch, self.augment, None))
+            model.train()
+        mixed = options.cam_source == "mix"
+        drawn = self.drawn
+        assert drawn is not None
+        update_cam_bank(
+            self.bank,
+            features,
+            model.head.weight.detach(),
+            batch.labels,
+            # A replaced image may also be in the batch itself: its row has one writer only.
+            torch.where(batch.status == 2, -1, self.row_of[batch.index]),
+            box=box_fractions(batch.boxes, batch.sizes),
+            flip=drawn.flip if mixed else None,
+            shift=drawn.shift if mixed else None,
+            patch=drawn.patch if mixed else None,
+            size=(batch.pool.shape[1], batch.pool.shape[2]),
+            rate=options.rate * alive,
+            normalise=options.normalise,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the bank: masks of the next epoch are read from it."""
+        return {"bank": self.bank}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the bank back."""
+        self.bank.copy_(tensors["bank"])
+
+    def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
+        )
+
+    def mask_cells(self) -> int:
+        """Return how many cells of a donor are masked."""
+        cells = self.bank.shape[1] * self.bank.shape[2]
+        return int(self.options.mask_ratio * cells + 1e-9)
+
+    def masking_bank(self) -> Tensor:
+        """Return what masks are read from: maps, true foreground, or nothing but ties."""
+        if self.options.mask == "oracle":
+            assert self.truth is not None
+            return self.truth
+        return torch.zeros_like(self.bank) if self.options.mask == "random" else self.bank
+
+    def mode(self) -> Mode:
+        """Return which cells `mix_background` takes as the foreground."""
+        match self.options.mask:
+            case "none" | "grey" | "inverse":
+                return self.options.mask
+            case "cam" | "random" | "oracle":
+                return "cam"
+
+    def _fill(
+        self, batch: Batch, drawn: DeviceDraws
+    ) -> None | tuple[float, float, float] | Tensor | str:
+        match self.options.fill:
+            case "grey":
+                return (127.5, 127.5, 127.5)
+            case "mean":
+                return None
+            case "keep":
+                return "keep"
+            case "donor":
+                return batch.pool[drawn.donor].float().mean((1, 2))
+
+    def _hits(
+        self, bank: Tensor, bank_row: Tensor, cells: int, drawn: DeviceDraws
+    ) -> dict[str, Tensor]:
+        """Return the share of true foreground that the donors' masks cover, on whole images."""
+        if self.truth is None or self.options.mask in ("none", "grey"):
+            return {}
+        masked = mask_views(
+            bank,
+            bank_row,
+            full_boxes(len(bank_row), bank.device),
+            drawn.tie,
+            cells,
+            mode=self.mode(),
+        )
+        truth = self.truth[bank_row].float()
+        return {"mask_hit": (masked * truth).sum() / truth.sum().clamp(min=1e-9)}
+
+    def _onto_cool_cells(self, batch: Batch, drawn: DeviceDraws) -> DeviceDraws:
+        """Move every patch to the drawn place where the target's own map is coolest."""
+        seed, epoch = batch.place.seed, batch.place.epoch
+        index = batch.index.cpu().numpy()
+        tries = np.stack(
+            [
+                draws.block(seed, epoch, index, "patch", number)[:, :2]
+                for number in range(1, COOL_TRIES + 1)
+            ],
+            axis=1,
+        )  # uint32 [n, tries, 2]
+        words = torch.from_numpy(tries.astype(np.int64)).to(batch.pool.device)
+        sides = tuple(batch.pool.shape[1:3])
+        extent = drawn.patch[:, None, 4:6].long()
+        heat = view_heat(
+            self.bank, self.row_of[batch.index], box_fractions(batch.boxes, batch.sizes)
+        ).float()
+        corners, shares = [], []
+        for axis, side in enumerate(sides):
+            corner = (words[..., axis] * (side - extent[..., axis] + 1)) >> 32
+            corners.append(corner)
+            shares.append(_cell_shares(corner, extent[..., axis], side, heat.shape[axis + 1]))
+        under = torch.einsum("nti,nij,ntj->nt", shares[0], heat, shares[1])
+        best = under.argmin(1)[:, None]
+        corner = torch.cat([places.gather(1, best) for places in corners], dim=1).to(torch.int32)
+        patch = torch.cat([corner, drawn.patch[:, 2:]], dim=1).contiguous()
+        return DeviceDraws(drawn.flip, drawn.shift, drawn.donor, patch, drawn.tie)
+
+
+def _cell_shares(corner: Tensor, extent: Tensor, side: int, cells: int) -> Tensor:
+    """Return how many rows of each cell a window covers, float32 [n, tries, cells].
+
+    Pixel y belongs to cell (y * cells) // side.
+    """
+    edges = (torch.arange(cells + 1, device=corner.device) * side + cells - 1) // cells
+    low = torch.maximum(corner[..., None], edges[:-1])
+    high = torch.minimum((corner + extent)[..., None], edges[1:])
+    return (high - low).clamp(min=0).float()
+
+
+def foreground_shares(
+    folder: Path, data: BetonSet, subset: Subset, grid: tuple[int, int]
+) -> np.ndarray:
+    """Read the foreground masks of a training subset, float16 [N, g, g'].
+
+    The mask of source `x/1.jpg` is `folder/x/1.png`; pixels above 0 are foreground. A cell's value
+    is its share of foreground (area average).
+
+    Raises:
+        ValueError: a mask is missing, is no image, or has another size than its image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not folder.is_dir():
+        raise ValueError(f"--method.masks: {folder} is no folder")
+    shares = np.empty((len(subset), *grid), np.float16)
+    for row, sample in enumerate(subset.index):
+        path = folder / Path(data.name(int(sample))).with_suffix(".png")
+        try:
+            with Image.open(path) as image:
+                mask = np.asarray(image.convert("L")) > 0
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: every training image needs a mask") from None
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path} is no readable mask: {error}") from error
+        if mask.shape != tuple(data.sizes[sample]):
+            raise ValueError(
+                f"{path} is {mask.shape[0]} x {mask.shape[1]}, but {data.where(int(sample))} is "
+                f"{data.sizes[sample][0]} x {data.sizes[sample][1]}"
+            )
+        shares[row] = _area_average(mask, grid)
+    return shares
+
+
+def _area_average(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Average a bool image over the cells of a grid, exactly; float64 [g, g']."""
+    for axis, cells in enumerate(grid):
+        side = mask.shape[axis]
+        edges = np.arange(cells + 1) * side / cells
+        summed = np.concatenate(
+            [
+                np.zeros((1, *np.moveaxis(mask, axis, 0).shape[1:])),
+                np.cumsum(np.moveaxis(mask, axis, 0), 0),
+            ]
+        )
+        whole = np.minimum(edges.astype(int), side - 1)
+        at_edges = summed[whole] + (edges - whole)[:, None] * (summed[whole + 1] - summed[whole])
+        mask = np.moveaxis(np.diff(at_edges, axis=0) * cells / side, 0, axis)
+    return mask

@@ -1,0 +1,62 @@
+"""From a method's options to the method."""
+
+import numpy as np
+import torch
+
+from backmix.pipeline.beton import BetonSet
+from backmix.pipeline.subset import Subset
+from backmix.train.methods.backmix import BackMixMethod, foreground_shares
+from backmix.train.methods.method import Method
+from backmix.train.methods.softmax import SoftmaxMethod
+from backmix.train.models.build import Model
+from backmix.train.options import BackMix, Run, Softmax
+
+
+def build(run: Run, model: Model, data: BetonSet, subset: Subset, device: torch.device) -> Method:
+    """Return the method that a run's options ask for.
+
+    Args:
+        run: the options.
+        model: the network, for the grid of its last feature map.
+        data: the data set, for the names of the samples (masks).
+        subset: the training samples; the bank has one row for each, in this order.
+        device: where the bank lives.
+    """
+    match run.method:
+        case Softmax():
+            return SoftmaxMethod(run.augment, run.optim.label_smoothing)
+        case BackMix() as options:
+            _check(options, run)
+            grid = model.grid(run.loader.size)
+            truth = None
+            if options.masks:
+                shares = foreground_shares(options.masks, data, subset, grid)
+                truth = torch.from_numpy(shares).to(device)
+            row_of = np.full(data.n, -1, np.int64)
+            row_of[subset.index] = np.arange(len(subset))
+            label_of = np.full(data.n, -1, np.int64)
+            label_of[subset.index] = subset.labels
+            return BackMixMethod(
+                options=options,
+                augment=run.augment,
+                label_smoothing=run.optim.label_smoothing,
+                bank=torch.full((len(subset), *grid), 0.5, dtype=torch.float16, device=device),
+                truth=truth,
+                row_of=torch.from_numpy(row_of).to(device),
+                label_of=label_of,
+            )
+
+
+def _check(options: BackMix, run: Run) -> None:
+    """Refuse settings that cannot mean anything, by the names that the user typed."""
+    if not 1 <= options.patch <= run.loader.size:
+        raise ValueError(
+            f"--method.patch must be in 1 .. {run.loader.size} (--loader.size), got {options.patch}"
+        )
+    for name in ("probability", "mask_ratio", "rate"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(
+                f"--method.{name.replace('_', '-')} must be in 0 .. 1, got {getattr(options, name)}"
+            )
+    if options.mask == "oracle" and options.masks is None:
+        raise ValueError("--method.mask oracle needs the folder of true masks: --method.masks DIR")

@@ -1,0 +1,153 @@
+"""Optimizers in the one form that the loop needs, and schedules as functions of the step.
+
+No scheduler objects: the learning rate is computed from the step number, so nothing is saved.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Schedule = Literal["milestones", "linear", "cosine", "cyclic"]
+
+
+def make_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    kind: Literal["sgd", "adam"] = "sgd",
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decay: Literal["matrices", "all"] = "matrices",
+) -> torch.optim.SGD | torch.optim.Adam:
+    """Return a fused optimizer whose learning rate is one tensor, changed by `set_learning_rate`.
+
+    Fused because a step with non-finite gradients is masked on the device (`found_inf`), which the
+    other forms refuse. Call it after the model has its final device and memory format.
+
+    Args:
+        named_parameters: such as `model.named_parameters()`; frozen ones are left out.
+        kind: sgd, or adam with betas 0.9 and 0.999.
+        lr: learning rate of the first step.
+        momentum: sgd only, without dampening.
+        nesterov: sgd only.
+        weight_decay: added to the gradient as weight_decay * parameter.
+        decay: matrices = parameters of two and more dimensions only, that is neither biases nor
+            normalisation; all = every parameter, as the older open-set papers do.
+
+    Raises:
+        ValueError: no parameters, or a setting out of its range.
+    """
+    parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("there are no parameters to train")
+    if kind == "sgd" and nesterov and momentum <= 0:
+        raise ValueError("nesterov needs a momentum above 0")
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay if decays else 0.0}
+        for decays in (True, False)
+        if (decayed := [p for p in parameters if (decay == "all" or p.ndim > 1) == decays])
+    ]
+    rate = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device)
+    if kind == "adam":
+        return torch.optim.Adam(groups, lr=rate, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, fused=True)
+    if momentum > 0:
+        # Without these, a masked first step leaves buffers that were allocated and never written.
+        # With dampening 0, zeros give the same bits as no buffers.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+    """Write the learning rate into the optimizer's own tensor, which captured graphs read."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr)
+
+
+def learning_rate(
+    schedule: Schedule,
+    step: int,
+    *,
+    peak: float,
+    steps: int,
+    steps_per_epoch: int,
+    warmup: float = 0.0,
+    milestones: Sequence[float] = (),
+    factor: float = 0.1,
+) -> float:
+    """Return the learning rate of a step by the schedule's name.
+
+    Args:
+        schedule: milestones, linear, cosine or cyclic: the functions below.
+        step: number of the step, 0 <= step < steps.
+        peak: the highest learning rate.
+        steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps of one epoch.
+        warmup: share of the run spent rising (linear, cosine).
+        milestones: epochs after which the rate drops (milestones).
+        factor: what it is multiplied by then (milestones).
+    """
+    match schedule:
+        case "milestones":
+            return stepped(step, steps_per_epoch, peak, milestones, factor)
+        case "linear":
+            return linear(step, steps, peak, warmup)
+        case "cosine":
+            return cosine(step, steps, peak, warmup)
+        case "cyclic":
+            return cyclic(step, steps, steps_per_epoch, peak)
+
+
+def stepped(
+    step: int, steps_per_epoch: int, peak: float, milestones: Sequence[float], factor: float = 0.1
+) -> float:
+    """Return peak, times `factor` for every milestone [epochs] that is over.
+
+    >>> stepped(299, 10, 0.1, [30, 60, 90]), stepped(300, 10, 0.1, [30, 60, 90])
+    (0.1, 0.010000000000000002)
+    """
+    passed = sum(step >= milestone * steps_per_epoch for milestone in milestones)
+    return peak * factor**passed
+
+
+def linear(step: int, steps: int, peak: float, warmup: float = 0.0) -> float:
+    """Rise linearly to the peak over the share `warmup` of the steps, then fall linearly.
+
+    The line runs through 0 one step before the first and one step after the last, so that no step
+    is wasted at rate 0.
+
+    >>> [linear(step, 10, 1.0, 0.2) for step in (0, 1, 2, 6, 9)]
+    [0.3333333333333333, 0.6666666666666666, 1.0, 0.5, 0.125]
+    """
+    rising, progress = _phase(step, steps, warmup)
+    return peak * (progress if rising else 1 - progress)
+
+
+def cosine(step: int, steps: int, peak: float, warmup: float = 0.0) -> float:
+    """Rise linearly to the peak over the share `warmup` of the steps, then fall like a cosine."""
+    rising, progress = _phase(step, steps, warmup)
+    return peak * (progress if rising else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def cyclic(step: int, steps: int, steps_per_epoch: int, peak: float) -> float:
+    """Go linearly through (0, peak / 10,000), (2 epochs, peak), (last epoch's end, 0).
+
+    The schedule of ffcv's ImageNet recipes. Runs of two epochs and less only rise.
+    """
+    epoch, epochs = step / steps_per_epoch, steps / steps_per_epoch
+    if epoch < 2:
+        return peak * (1e-4 + (1 - 1e-4) * epoch / 2)
+    return peak * (epochs - epoch) / (epochs - 2)
+
+
+def _phase(step: int, steps: int, warmup: float) -> tuple[bool, float]:
+    """Return whether the step belongs to the warm-up, and how far that phase is, in [0, 1]."""
+    rise = round(warmup * steps)
+    if step < rise:
+        return True, (step + 1) / (rise + 1)
+    return False, (step - rise) / (steps - rise)

@@ -1,0 +1,368 @@
+"""What finished runs came to, side by side: read from run folders, averaged, compared in pairs.
+
+Runs that differ only in seed, class list or data file are repetitions of one configuration and form
+one row. A difference to the baseline is always taken between two runs of the same seed, class list
+and data, never between two means. Nothing is drawn here.
+"""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from backmix.train.log import read_status
+from backmix.train.options import MAY_CHANGE
+from backmix.train.outputs import Outputs, load_outputs
+from backmix.train.run_folder import read_config
+
+METRICS = {
+    "auroc": "AUROC",
+    "oscr": "OSCR",
+    "fpr95_unknown_accepted": "FPR95, unknown accepted",
+    "fpr95_known_rejected": "FPR95, known rejected",
+    "aupr_known": "AUPR, known",
+    "aupr_unknown": "AUPR, unknown",
+    "dtacc": "DTACC",
+}
+"""Figures of a score on an unknown set, by their names in metrics.json and in print."""
+SCORE_NAMES = {"msp": "MSP", "max_logit": "MaxLogit", "energy": "Energy"}
+COMPARED = ("auroc", "oscr")
+"""Figures whose paired difference to the baseline is printed."""
+
+_REPEATED = MAY_CHANGE | {"seed", "threads", "split.list", "split.known", "method.masks"}
+"""Options in which repetitions of one configuration may differ."""
+_MASKS = {
+    "cam": "BackMix",
+    "none": "patch without mask",
+    "random": "random mask",
+    "inverse": "inverse mask",
+    "grey": "Cutout",
+    "oracle": "oracle mask",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A finished and evaluated run."""
+
+    folder: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    log: tuple[dict[str, Any], ...]
+    """Rows of log.jsonl."""
+    known: Outputs
+    unknown: dict[str, Outputs]
+    """By the set's name."""
+    began: datetime
+    ended: datetime
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The resolved options by dotted name."""
+        return _flat(self.config["run"])
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is plain softmax, which the others are compared with."""
+        return self.config["run"]["method"]["type"] == "Softmax"
+
+    @property
+    def name(self) -> str:
+        """What tells the run from its repetitions: class list and seed."""
+        split = self.metrics["split"]
+        published = f"list {split['family']}{split['list']}, " if split else ""
+        return f"{published}seed {self.config['run']['seed']}"
+
+    def figure(self, metric: str, unknown: str, score: str) -> float | None:
+        """Return a figure in [0, 1], or None where this run was not judged on that set."""
+        if metric == "accuracy":
+            return self.metrics["known"]["accuracy"]
+        images = self.metrics["unknown"].get(unknown)
+        return None if images is None else images["scores"].get(score, {}).get(metric)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The repetitions of one configuration."""
+
+    label: str
+    runs: tuple[Judged, ...]
+    """By class list, then seed."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Some repeated figures and what they come to."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The arithmetic mean."""
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        """The sample standard deviation (n - 1); None of a single figure."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def percent(self, sign: bool = False) -> str:
+        """Return `84.3 ± 2.0` in percent; of a single figure without the spread."""
+        form = "+.1f" if sign else ".1f"
+        mean = format(100 * self.mean, form).replace("-", "\N{MINUS SIGN}")
+        return mean if self.sd is None else f"{mean} ± {100 * self.sd:.1f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration under one score."""
+
+    score: str
+    label: str
+    runs: int
+    figures: dict[str, Spread]
+    """By metric, `accuracy` among them."""
+    differences: dict[str, Spread]
+    """By metric: run minus its baseline run; absent where no run has one."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All configurations on one unknown set."""
+
+    unknown: str
+    images: str
+    """Sizes of the known and the unknown set."""
+    rows: tuple[Row, ...]
+
+    @property
+    def blocks(self) -> list[tuple[str, list[Row]]]:
+        """The rows of each score."""
+        scores = dict.fromkeys(row.score for row in self.rows)
+        return [(score, [row for row in self.rows if row.score == score]) for score in scores]
+
+
+def read_judged(folder: Path) -> Judged:
+    """Read a run folder.
+
+    Raises:
+        ValueError: it is no run folder, its run is not finished or not evaluated, or a file in it
+            is damaged; the message says which, and what to do.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no run folder: there is no such folder")
+    config = read_config(folder)
+    status = read_status(folder)
+    if status["state"] != "finished":
+        why = f" ({status['why']})" if status.get("why") else ""
+        raise ValueError(
+            f"{folder} is not finished: {status['state']} at step {status['step']}{why}; the "
+            "command that started it continues it"
+        )
+    path = folder / "metrics.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has not been evaluated: run `backmix evaluate {folder}` first")
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        known, *others = (_outputs(folder, name) for name in ("known", *metrics["unknown"]))
+        rows = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        result = Judged(
+            folder=folder,
+            config=config,
+            metrics=metrics,
+            log=tuple(json.loads(row) for row in rows),
+            known=known,
+            unknown=dict(zip(metrics["unknown"], others, strict=True)),
+            began=_time(folder / "config.json"),
+            ended=_time(folder / "status.json"),
+        )
+        _require(result)
+        return result
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds a damaged file: {error!r}") from error
+
+
+def read_all(folders: Sequence[Path]) -> list[Group]:
+    """Read run folders and group the repetitions; the baseline first, then in the given order.
+
+    Raises:
+        ValueError: as `read_judged`; no folder at all; or two folders that hold the same run.
+    """
+    if not folders:
+        raise ValueError("no run folder was given")
+    unique = {folder.resolve(): folder for folder in folders}
+    runs = [read_judged(folder) for folder in unique.values()]
+    grouped: dict[str, list[Judged]] = {}
+    for run in sorted(runs, key=lambda run: not run.is_baseline):
+        grouped.setdefault(_key(run, ignored=_REPEATED), []).append(run)
+    for group in grouped.values():
+        group.sort(key=_repetition)
+        for first, second in itertools.pairwise(group):
+            if _repetition(first) == _repetition(second):
+                raise ValueError(
+                    f"{first.folder} and {second.folder} are the same run twice (same options, "
+                    "seed, classes and data): leave one of them out"
+                )
+    labels = _labels([group[0] for group in grouped.values()])
+    return [
+        Group(label, tuple(group)) for label, group in zip(labels, grouped.values(), strict=True)
+    ]
+
+
+def tables(groups: Sequence[Group]) -> list[Table]:
+    """Return one table per unknown set, in the order in which the runs name them."""
+    runs = [run for group in groups for run in group.runs]
+    baselines = {_pair_key(run): run for run in runs if run.is_baseline}
+    sets = dict.fromkeys(name for run in runs for name in run.metrics["unknown"])
+    return [_table(name, groups, baselines) for name in sets]
+
+
+def markdown(some: Sequence[Table]) -> str:
+    """Return the tables as Markdown, figures in percent."""
+    parts = []
+    for table in some:
+        head = ["score", "method", "runs", "accuracy", "AUROC", "difference", "OSCR", "difference"]
+        lines = [f"Unknown set {table.unknown} ({table.images}), percent:", ""]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for row in table.rows:
+            cells = [SCORE_NAMES.get(row.score, row.score), row.label, str(row.runs)]
+            cells.append(row.figures["accuracy"].percent())
+            for metric in COMPARED:
+                difference = row.differences.get(metric)
+                cells.append(row.figures[metric].percent())
+                cells.append(difference.percent(sign=True) if difference else "")
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def method_label(method: Mapping[str, Any]) -> str:
+    """Return the usual name of a method from its options in config.json."""
+    return _MASKS[method["mask"]] if method["type"] == "BackMix" else method["type"].lower()
+
+
+def _table(unknown: str, groups: Sequence[Group], baselines: Mapping[str, Judged]) -> Table:
+    runs = [run for group in groups for run in group.runs if unknown in run.metrics["unknown"]]
+    scores = dict.fromkeys(s for run in runs for s in run.metrics["unknown"][unknown]["scores"])
+    rows = []
+    for score in scores:
+        for group in groups:
+            judged = [run for run in group.runs if run.figure("auroc", unknown, score) is not None]
+            if judged:
+                rows.append(_row(score, group.label, judged, unknown, baselines))
+    known = _range(run.metrics["known"]["n"] for run in runs)
+    images = _range(run.metrics["unknown"][unknown]["n"] for run in runs)
+    return Table(unknown, f"{known} known and {images} unknown images", tuple(rows))
+
+
+def _row(
+    score: str,
+    label: str,
+    runs: Sequence[Judged],
+    unknown: str,
+    baselines: Mapping[str, Judged],
+) -> Row:
+    figures, differences = {}, {}
+    for metric in ("accuracy", *METRICS):
+        values, changes = [], []
+        for run in runs:
+            value = run.figure(metric, unknown, score)
+            assert value is not None
+            values.append(value)
+            baseline = baselines.get(_pair_key(run))
+            before = baseline and baseline.figure(metric, unknown, score)
+            if before is not None and not run.is_baseline:
+                changes.append(value - before)
+        figures[metric] = Spread(tuple(values))
+        if changes:
+            differences[metric] = Spread(tuple(changes))
+    return Row(score, label, len(runs), figures, differences)
+
+
+def _labels(firsts: Sequence[Judged]) -> list[str]:
+    """Return a readable, unique label for every group, from one run of each.
+
+    Groups of the same method are told apart by the options in which they differ.
+    """
+    bases = [method_label(run.config["run"]["method"]) for run in firsts]
+    labels = []
+    for run, base in zip(firsts, bases, strict=True):
+        alike = [other.options for other, b in zip(firsts, bases, strict=True) if b == base]
+        differing = [
+            f"{name.rsplit('.', 1)[-1].replace('_', ' ')} {_shown(value)}"
+            for name, value in run.options.items()
+            if name not in _REPEATED and any(other.get(name) != value for other in alike)
+        ]
+        labels.append(f"{base} ({', '.join(differing)})" if differing else base)
+    return labels
+
+
+def _key(run: Judged, ignored: Iterable[str]) -> str:
+    """Return a run's options as one string, without the ignored ones."""
+    kept = {name: value for name, value in run.options.items() if name not in set(ignored)}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _repetition(run: Judged) -> tuple[int, int, list[str], str]:
+    """Return what tells a run from the others of its group, ordered as they are printed."""
+    options = run.config["run"]
+    digest = run.config["data"]["digest"]
+    return (options["split"]["list"], options["seed"], run.config["classes"], digest)
+
+
+def _pair_key(run: Judged) -> str:
+    """Return a key that a run shares with its baseline: all but the method is the same."""
+    method = {name for name in run.options if name.startswith("method.")}
+    return _key(run, _REPEATED | method) + json.dumps(_repetition(run))
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _require(run: Judged) -> None:
+    """Raise KeyError or TypeError, early and in one place, where a figure is missing."""
+    figures = [run.metrics["known"]["accuracy"], run.metrics["known"]["n"]]
+    for images in run.metrics["unknown"].values():
+        figures.append(images["n"])
+        for score in images["scores"].values():
+            figures += [score[metric] for metric in METRICS]
+    if not all(isinstance(figure, (int, float)) and math.isfinite(figure) for figure in figures):
+        raise TypeError("metrics.json: a figure is not a number")
+    _repetition(run)
+    method_label(run.config["run"]["method"])
+    _ = run.metrics["split"], run.config["data"]["samples"]
+
+
+def _outputs(folder: Path, name: str) -> Outputs:
+    path = folder / "scores" / f"{name}.safetensors"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: run `backmix evaluate {folder}` again")
+    return load_outputs(path)
+
+
+def _time(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+
+
+def _range(numbers: Iterable[int]) -> str:
+    found = list(numbers)
+    least, most = min(found, default=0), max(found, default=0)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def _shown(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
