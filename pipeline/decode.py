@@ -95,9 +95,14 @@ def decoding_threads(count: int) -> ThreadPoolExecutor:
         everybody.wait()
 
     threads = ThreadPoolExecutor(count, thread_name_prefix="backmix-decode")
-    settled = [threads.submit(settle) for _ in range(count)]
-    everybody.wait()
-    for future in settled:
-        future.result()
-    torch.set_num_threads(training_threads)
+    try:
+        for _ in range(count):
+            threads.submit(settle)
+        everybody.wait()
+    except BaseException:  # such as a limit on the number of threads: let those go that wait
+        everybody.abort()
+        threads.shutdown()
+        raise
+    finally:
+        torch.set_num_threads(training_threads)
     return threads

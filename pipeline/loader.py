@@ -154,22 +154,26 @@ def _check(options: LoaderOptions, split: str, seed: int, rank: int, world: int)
     low, high = options.scale
     narrow, wide = options.ratio
     require(split in ("train", "eval"), f"the split must be train or eval, got {split!r}")
-    require(options.batch >= 1, f"--batch must be at least 1, got {options.batch}")
-    require(options.size >= 1, f"--size must be at least 1 pixel, got {options.size}")
-    require(0 < low <= high <= 1, f"--scale must be two shares 0 < a <= b <= 1, got {low} {high}")
-    require(0 < narrow <= wide, f"--ratio must be 0 < a <= b, got {narrow} {wide}")
-    require(0 < options.eval_crop <= 1, f"--eval-crop must be in (0, 1], got {options.eval_crop}")
-    require(options.window >= 1, f"--window must be at least 1 page, got {options.window}")
-    require(options.threads >= 0, f"--threads must be 0 or more, got {options.threads}")
-    require(options.prefetch >= 0, f"--prefetch must be 0 or more, got {options.prefetch}")
-    require(0 <= options.max_bad <= 1, f"--max-bad must be in [0, 1], got {options.max_bad}")
-    require(options.group >= 0, f"--group must be 0 or more, got {options.group}")
+    require(options.batch >= 1, f"--loader.batch must be at least 1, got {options.batch}")
+    require(options.size >= 1, f"--loader.size must be at least 1 pixel, got {options.size}")
+    require(
+        0 < low <= high <= 1, f"--loader.scale must be two shares 0 < a <= b <= 1, got {low} {high}"
+    )
+    require(0 < narrow <= wide, f"--loader.ratio must be 0 < a <= b, got {narrow} {wide}")
+    require(
+        0 < options.eval_crop <= 1, f"--loader.eval-crop must be in (0, 1], got {options.eval_crop}"
+    )
+    require(options.window >= 1, f"--loader.window must be at least 1 page, got {options.window}")
+    require(options.threads >= 0, f"--loader.threads must be 0 or more, got {options.threads}")
+    require(options.prefetch >= 0, f"--loader.prefetch must be 0 or more, got {options.prefetch}")
+    require(0 <= options.max_bad <= 1, f"--loader.max-bad must be in [0, 1], got {options.max_bad}")
+    require(options.group >= 0, f"--loader.group must be 0 or more, got {options.group}")
     require(0 <= seed < 1 << 64, f"the seed must be in 0 .. 2^64 - 1, got {seed}")
     require(0 <= rank < world, f"the rank must be in 0 .. {world - 1}, got {rank}")
     group = options.group or min(64, options.batch)
     if split == "train" and options.batch % group:
         fitting = max(g for g in range(1, 65) if options.batch % g == 0)
         raise ValueError(
-            f"--batch {options.batch} is not made of whole mix groups of {group} images: choose "
-            f"another batch, or --group {fitting}"
+            f"--loader.batch {options.batch} is not made of whole mix groups of {group} images: "
+            f"choose another batch, or --loader.group {fitting}"
         )

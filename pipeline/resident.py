@@ -44,7 +44,7 @@ class ResidentLoader:
         if plan.training and plan.options.crop == "random":
             raise ValueError(
                 "the resident loader decodes every image once, so it cannot cut another crop in "
-                "every epoch: choose --loader turbo, or --crop whole"
+                "every epoch: choose --loader.loader turbo, or --loader.crop whole"
             )
         self.plan = plan
         self.device = device
@@ -84,6 +84,7 @@ class ResidentLoader:
                 rows = rows.copy()
                 rows[bad] = [self._replacement(part.place, int(row)) for row in rows[bad]]
             index = self.subset.index[rows]
+            status = np.where(bad, REPLACED, self._status[rows]).astype(np.uint8)
             yield Batch(
                 pool=self._pool,
                 pool_index=self._device_index,
@@ -92,7 +93,7 @@ class ResidentLoader:
                 labels=to_device(self.subset.labels[rows], self.device),
                 boxes=to_device(self._boxes[rows], self.device),
                 sizes=to_device(self.plan.data.sizes[index], self.device),
-                status=to_device(np.where(bad, REPLACED, self._status[rows]), self.device),
+                status=to_device(status, self.device),
                 group=0,
                 place=part.place,
             )
@@ -170,7 +171,7 @@ def _require_memory(needed: int, n: int, size: int, device: torch.device) -> Non
         raise ValueError(
             f"{n} images of {size} x {size} pixels need {needed / 1e9:.1f} GB on {device}, where "
             f"{free / 1e9:.1f} GB are free (at most {SHARE:.0%} of them may be used): choose "
-            "--loader turbo, or a smaller --size"
+            "--loader.loader turbo, or a smaller --loader.size"
         )
 
 

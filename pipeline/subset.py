@@ -1,4 +1,4 @@
-"""Which samples of a data set a run uses, and their labels: arithmetic on arrays, no file per split."""
+"""Which samples of a data set a run uses, and their labels: arithmetic, no file per split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

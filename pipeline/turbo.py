@@ -61,9 +61,8 @@ class TurboLoader:
         def finish() -> Batch:
             nonlocal replaced
             views, tasks = pending[0]
-            wait(tasks)
             try:
-                for task in tasks:
+                for task in tasks:  # in order of the rows: the same error is raised every time
                     task.result()
             except CancelledError:
                 raise ValueError("the loader was closed while its batches were read") from None
@@ -79,10 +78,7 @@ class TurboLoader:
             while pending:
                 yield finish()
         finally:
-            tasks = [task for _, tasks in pending for task in tasks]
-            for task in tasks:
-                task.cancel()
-            wait(tasks)
+            wait([task for _, tasks in pending for task in tasks if not task.cancel()])
 
     def _begin(self, part: Part) -> tuple[Views, list[Future[None]]]:
         """Hand the rows of a part to the threads."""

@@ -276,6 +276,8 @@ class Writer:
         self._file.write(head)
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._check_part()
+        self._refuse_existing()
         self._publish()
         self._file.close()
 
@@ -290,8 +292,8 @@ class Writer:
             descriptors["name"][k] = name.encode("ascii")
         return bytearray(header.tobytes() + descriptors.tobytes())
 
-    def _publish(self) -> None:
-        """Give the finished file its name, in one step, and make the name durable."""
+    def _check_part(self) -> None:
+        """Refuse to give the name to a file that another writer began under our part's name."""
         try:
             ours = os.path.samestat(os.stat(self.part), os.fstat(self._file.fileno()))
         except FileNotFoundError:
@@ -301,6 +303,9 @@ class Writer:
                 f"{self.part} is not the file that was written here: another run writes "
                 f"{self.path.name}, too; let one of them finish"
             )
+
+    def _publish(self) -> None:
+        """Give the finished file its name, in one step, and make the name durable."""
         if self._force:
             os.replace(self.part, self.path)
         else:
@@ -314,11 +319,7 @@ class Writer:
                 self._refuse_existing()
                 os.rename(self.part, self.path)
             self.part.unlink(missing_ok=True)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(self.path)
 
     def _refuse_existing(self) -> None:
         if self.path.is_dir():
@@ -327,23 +328,45 @@ class Writer:
             raise ValueError(f"{self.path} exists already: choose another name, or use --force")
 
     def _failed(self, error: OSError) -> OSError:
-        """Remove the part file and return an error that says what was missing."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        """Remove the part file and return an error that says what failed, and what was missing."""
+        if error.errno is None or error.filename is not None:  # it says so itself
             self.abort()
             return error
         written = self._end - self._first_page
-        try:
-            free = f"{shutil.disk_usage(self.path.parent).free} bytes are free"
-        except OSError:
-            free = "the free space is unknown"
-        self.abort()
-        full = OSError(
+        problem = (
             f"{self.path}: {os.strerror(error.errno)} after {self._count} of {self._samples} "
-            f"samples and {written} bytes of images, {free} in {self.path.parent}; nothing was "
-            "left behind: make room or choose another disk"
+            f"samples and {written} bytes of images"
         )
-        full.errno = error.errno
-        return full
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            problem += f"; {_free_space(self.path.parent)}: make room or choose another disk"
+        self.abort()
+        failed = OSError(f"{problem}; nothing was left behind")
+        failed.errno = error.errno
+        return failed
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the name of `path` durable: a rename alone may be lost when the power fails."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a file system that syncs no folders
+            return
+        raise OSError(
+            f"{path} is complete, but a power failure may still take it away: its folder could not "
+            f"be written through to the disk ({error.strerror})"
+        ) from error
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free} bytes are free in {folder}"
+    except OSError:
+        return f"how much is free in {folder} is unknown"
 
 
 def _body(tables: dict[str, np.ndarray]) -> bytes:

@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file each, whole or not at all, checked when read.
 
-A file holds named tensors and, as its single metadata entry, one JSON document with the integers of
-the run and a checksum of every tensor. (One entry with sorted keys, because several are written in
-an order that differs between processes; safetensors itself finds truncation, but not a flipped bit.)
-Nothing is ever unpickled.
+A file holds named tensors and, as its single metadata entry, one JSON document with the integers
+of the run and a checksum of every tensor. (One entry with sorted keys, because several are written
+in an order that differs between processes; safetensors itself finds truncation, but no flipped
+bit.) Nothing is ever unpickled.
 """
 
 import fcntl
@@ -39,9 +39,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, make it durable, then rename: the old file or the new, never less.
+    """Write `data` beside `path`, make it durable, then rename: the old file or the new.
 
-    Raises OSError naming the file, the bytes needed and the bytes free; nothing is left behind then.
+    Raises OSError naming the file, the bytes needed and the bytes free, and leaves nothing behind.
     """
     beside = path.with_name(path.name + ".tmp")
     pause = float(os.environ.get(_PAUSE, "0"))
@@ -97,11 +97,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of `save_tensors`; any damage is a ValueError that names the file and the place."""
+    """Read a file of `save_tensors`; any damage is a ValueError naming file and place."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {})["backmix"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         found = document.pop("sum")
         sums = document["sums"]
         meta = document["meta"]

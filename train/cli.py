@@ -1,7 +1,7 @@
 """The command line: one function per command, heavy imports inside them.
 
-Exit codes: 0 done; 1 failed, with one message on stderr; 2 wrong usage; 75 stopped by a signal with a
-checkpoint written and more to do; 130 interrupted with nothing to continue.
+Exit codes: 0 done; 1 failed, with one message on stderr; 2 wrong usage; 75 stopped by a signal with
+a checkpoint written and more to do; 130 interrupted with nothing to continue.
 """
 
 import os
@@ -148,7 +148,7 @@ def _train(arguments: Sequence[str]) -> int:
     )
     if not asked.data:
         return _usage("backmix train needs the training set: --data FILE.beton")
-    from backmix.train.loop import train
+    from backmix.train.run import train
 
     recipe = next(word for word in arguments if word in RECIPES)
     return train(asked, recipe, ["backmix", "train", *arguments])
@@ -187,7 +187,7 @@ def _report(arguments: Sequence[str]) -> int:
         return _usage("backmix report needs a run folder")
     from backmix.train.report import write_report
 
-    write_report(asked.runs, asked.out)
+    print(write_report(asked.runs, asked.out))
     print(f"wrote {asked.out}")
     return DONE
 
@@ -196,7 +196,7 @@ def _preview(arguments: Sequence[str]) -> int:
     asked = _ask(Preview, "preview", arguments)
     from backmix.train.preview import write_preview
 
-    write_preview(asked.data, asked.out, asked.options)
+    print(write_preview(asked.data, asked.out, asked.options))
     print(f"wrote {asked.out}")
     return DONE
 
@@ -280,8 +280,8 @@ def run(argv: Sequence[str]) -> int:
             raise
         print(f"error: {_text(error)}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

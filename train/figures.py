@@ -7,7 +7,8 @@ that a chart follows the reader's light or dark theme, and no series is told by 
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,10 @@ class Panel:
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    unit: bool = False
-    """Both axes are shares from 0 to 1; the diagonal of pure chance is drawn."""
+    shares: bool = False
+    """Both axes are shares and run from 0 to 1; else the horizontal axis counts epochs."""
+    chance: bool = False
+    """The diagonal, where pure chance lies, is drawn."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Histogram:
     unknown: np.ndarray
     """float [m]."""
     threshold: float
-    """Score that 95 % of the known images reach."""
+    """Score that 95% of the known images reach."""
 
 
 @dataclass(frozen=True)
@@ -87,56 +90,45 @@ class Chart:
 
 def line_chart(panels: Sequence[Panel]) -> str:
     """Return the panels side by side with one legend below them, as SVG text."""
+    from matplotlib.ticker import MaxNLocator
+
     names = list(dict.fromkeys(series.name for panel in panels for series in panel.series))
-    figure, axes = _figure(len(panels), legend_rows=-(-len(names) // 3))
-    for panel, axis in zip(panels, axes, strict=True):
-        axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-        if panel.unit:
-            axis.plot([0, 1], [0, 1], color="#b0b0b1", linewidth=1, zorder=1)
-            axis.set(xlim=(0, 1), ylim=(0, 1))
-        for series in panel.series:
-            number = names.index(series.name)
-            axis.plot(series.x, series.y, **_look(number, len(series.x)))
-    handles = [figure.axes[0].plot([], [], **_look(i, 1))[0] for i in range(len(names))]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)))
-    return _svg(figure)
+    with _style():
+        figure, axes = _figure(len(panels), legend_rows=-(-len(names) // _COLUMNS))
+        for panel, axis in zip(panels, axes, strict=True):
+            axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+            if panel.shares:
+                axis.set(xlim=(0, 1), ylim=(0, 1))
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+            if panel.chance:
+                axis.plot([0, 1], [0, 1], color="#b0b0b1", linewidth=1, zorder=1)
+            for series in panel.series:
+                axis.plot(series.x, series.y, **_look(names.index(series.name), len(series.x)))
+        handles = [axes[0].plot([], [], **_look(number, 1))[0] for number in range(len(names))]
+        columns = min(_COLUMNS, len(names))
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.5)
+        return _svg(figure)
 
 
 def histogram_chart(histograms: Sequence[Histogram], x_label: str) -> str:
     """Return one panel per histogram, known filled and unknown outlined, as SVG text."""
-    figure, axes = _figure(len(histograms), legend_rows=1)
-    for histogram, axis in zip(histograms, axes, strict=True):
-        both = np.concatenate([histogram.known, histogram.unknown])
-        edges = np.linspace(both.min(), max(both.max(), both.min() + 1e-9), 41)
-        axis.set(title=histogram.title, xlabel=x_label, ylabel="share of images per bin")
-        axis.hist(
-            histogram.known,
-            edges,
-            weights=np.full(len(histogram.known), 1 / len(histogram.known)),
-            histtype="stepfilled",
-            color="#0072b2",
-            alpha=0.55,
-            label="known",
-        )
-        axis.hist(
-            histogram.unknown,
-            edges,
-            weights=np.full(len(histogram.unknown), 1 / len(histogram.unknown)),
-            histtype="step",
-            color="#d55e00",
-            linestyle="--",
-            linewidth=2,
-            label="unknown",
-        )
-        axis.axvline(
-            histogram.threshold,
-            color="#111111",
-            linestyle=":",
-            linewidth=1.5,
-            label="95 % of the known images are to the right",
-        )
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return _svg(figure)
+    with _style():
+        figure, axes = _figure(len(histograms), legend_rows=1)
+        for histogram, axis in zip(histograms, axes, strict=True):
+            both = np.concatenate([histogram.known, histogram.unknown])
+            edges = np.linspace(both.min(), max(both.max(), both.min() + 1e-9), 41)
+            axis.set(title=histogram.title, xlabel=x_label, ylabel="share of images per bin")
+            for scores, look in (
+                (histogram.known, {"histtype": "stepfilled", "color": "#0072b2", "alpha": 0.55}),
+                (histogram.unknown, {"histtype": "step", "color": "#d55e00", "linewidth": 2}),
+            ):
+                axis.hist(scores, edges, weights=np.full(len(scores), 1 / len(scores)), **look)
+            axis.axvline(histogram.threshold, color="#111111", linestyle=":", linewidth=1.5)
+        names = "known", "unknown", "95% of the known images are to the right"
+        handles = [*axes[0].patches[-2:], axes[0].lines[-1]]
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
+        return _svg(figure)
 
 
 def acceptance_curve(
@@ -166,25 +158,26 @@ def acceptance_curve(
 
 def _figure(panels: int, legend_rows: int) -> "tuple[Figure, list[Axes]]":
     """Return a figure with its panels in rows of three, and their axes."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     columns = min(panels, _COLUMNS)
     rows = -(-panels // columns)
     size = (max(_PANEL[0] * columns, 5.0), _PANEL[1] * rows + 0.3 * legend_rows)
-    with matplotlib.rc_context(_settings()):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
+    figure = Figure(figsize=size, layout="constrained")
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
     for axis in axes:
         axis.grid(True, color="#b0b0b1", linewidth=0.5)
         axis.set_axisbelow(True)
     return figure, axes
 
 
-def _settings() -> dict[Any, Any]:
-    """Return matplotlib's settings; 9 points are 12 pixels in the page."""
+@contextmanager
+def _style() -> Iterator[None]:
+    """Set matplotlib's defaults; 9 points are 12 pixels in the page."""
+    import matplotlib
+
     ink = "#111111"
-    return {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "backmix",
         "text.parse_math": False,
@@ -203,16 +196,19 @@ def _settings() -> dict[Any, Any]:
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
+    with matplotlib.rc_context(settings):
+        yield
 
 
 def _look(number: int, points: int) -> dict[str, Any]:
     """Return colour, line and marker of the series with this number."""
     colours = list(_COLOURS)[:7]
+    every = max(1, points // 6)
     return {
         "color": colours[number % len(colours)],
         "linestyle": _LINES[number % len(_LINES)],
         "marker": _MARKERS[number % len(_MARKERS)],
-        "markevery": (number * 3 % 10, max(1, points // 6)),
+        "markevery": (number * every // 3 % every, every),
         "markersize": 4.5,
         "linewidth": 1.8,
     }
@@ -220,10 +216,8 @@ def _look(number: int, points: int) -> dict[str, Any]:
 
 def _svg(figure: "Figure") -> str:
     """Return a figure as an SVG element: no prolog, no metadata, colours as variables."""
-    import matplotlib
-
     file = io.StringIO()
-    with matplotlib.rc_context(_settings()), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # A name may hold letters that this font lacks; the reader's browser has other fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

@@ -1,8 +1,8 @@
-"""What a run writes while it goes: log.jsonl, time.jsonl, summary.csv, status.json, the progress line.
+"""What a run writes while it goes: its logs, its status, the progress line.
 
 log.jsonl and summary.csv hold nothing that depends on time or machine: they are cut back to the
-checkpoint on resume, and end with the same bytes whether or not the run was interrupted. Times go to
-time.jsonl, which only grows.
+checkpoint on resume, and end with the same bytes whether or not the run was interrupted. Times go
+to time.jsonl, which only grows.
 """
 
 import json

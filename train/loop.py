@@ -1,45 +1,22 @@
-"""The training loop: one step, the steps of a run, and the run around them.
+"""The training loop: one step, and the steps of a run.
 
-Read from `take_step` outwards. Nothing in a step waits for the device; the host looks only when a row
-of the log is due. What the loop needs to continue is in `State`, and between two steps nothing else
-is: leaving the loop anywhere is safe.
+Nothing in a step waits for the device. What the loop needs to continue is in `State`, and between
+two steps nothing else is: leaving `steps` anywhere is safe. Logs, checkpoints and signals are the
+caller's (`run.py`).
 """
 
-import contextlib
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
 
 from backmix.pipeline.batch import Batch, Place
-from backmix.pipeline.loader import Loader, open_loader
-from backmix.pipeline.subset import Subset, hold_out, select
-from backmix.train.checkpoint import locked, newest_checkpoint, save_checkpoint, write_atomically
-from backmix.train.log import Log, Progress, write_status
-from backmix.train.methods.build import build as build_method
-from backmix.train.models.build import build as build_model
-from backmix.train.optim import learning_rate, make_optimizer, set_learning_rate
+from backmix.pipeline.loader import Loader
+from backmix.train.optim import learning_rate, set_learning_rate
 from backmix.train.options import Run
-from backmix.train.run_folder import Config, compare_and_write, resolve
 from backmix.train.state import State
-
-EXIT_STOPPED = 75
-"""Exit code of a run that was stopped by a signal, has a checkpoint, and has more to do."""
-EXIT_INTERRUPTED = 130
-"""Exit code of a run that was interrupted before there was anything to continue."""
-MOST_VOID_STEPS = 10
-"""Void steps between two log rows that end the run."""
-MOST_VOID_ROWS = 3
-"""Log rows in succession with void steps that end the run."""
-MOST_FAILED_SAVES = 3
-"""Checkpoints in a row that may fail to be written (a full disk) before the run ends."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +30,7 @@ class Step:
 
 
 def take_step(
-    state: State, batch: Batch, run: Run, rate: float, autocast: contextlib.AbstractContextManager
+    state: State, batch: Batch, run: Run, rate: float, autocast: AbstractContextManager
 ) -> Tensor:
     """Take one optimizer step; returns its loss, 0-d on the device.
 
@@ -122,7 +99,7 @@ def count(
 
 
 def steps(
-    state: State, loader: Loader, run: Run, autocast: contextlib.AbstractContextManager
+    state: State, loader: Loader, run: Run, autocast: AbstractContextManager
 ) -> Iterator[Step]:
     """Take all steps from the state's place to the end of the run, yielding after each."""
     per_epoch = -(-loader.samples // run.loader.batch)
@@ -144,309 +121,3 @@ def steps(
             state.place = batch.place
             yield Step(loss, batch.place.consumed == loader.samples)
         state.place = Place(run.seed, state.place.epoch + 1)
-
-
-class StopAsked:
-    """Whether SIGTERM or Ctrl-C asked to stop: looked at between steps. A second Ctrl-C is obeyed at once."""
-
-    def __init__(self) -> None:
-        """Install the handlers, where this is the main thread."""
-        self.signal = 0
-        self.before: dict[int, object] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __bool__(self) -> bool:
-        return bool(self.signal)
-
-    def restore(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-def prepare_run(run: Run, recipe: str, command: list[str]) -> tuple[Config, State, Loader]:
-    """Open the data and build model, optimizer and method of a run, as fresh as its seed makes them."""
-    from backmix.pipeline.beton import open_set
-
-    data = open_set(run.data)
-    resolved = resolve(run)
-    device = torch.device(resolved.device)
-    torch.set_num_threads(resolved.threads)
-    known = known_classes(run, data.classes)
-    subset = training_subset(run, data.labels, known)
-    config = Config.of(run, recipe, command, resolved, data, known, len(subset))
-
-    torch.manual_seed(run.seed)
-    model = build_model(run.model, len(known), run.loader.size)
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.train()
-    optimizer = make_optimizer(
-        model.named_parameters(),
-        kind=run.optim.kind,
-        lr=run.optim.lr,
-        momentum=run.optim.momentum,
-        nesterov=run.optim.nesterov,
-        weight_decay=run.optim.weight_decay,
-        decay=run.optim.decay,
-    )
-    method = build_method(run, model, data, subset, device)
-    state = State(model, optimizer, method, Place(run.seed))
-    state.void_steps = state.void_steps.to(device)
-    state.void_samples = state.void_samples.to(device)
-    state.keep_buffers()
-    loader = open_loader(
-        run.data, run.loader, split="train", subset=subset, seed=run.seed, device=str(device)
-    )
-    return config, state, loader
-
-
-def known_classes(run: Run, classes: list[str]) -> list[int]:
-    """Return the stored class numbers of the known classes, in label order."""
-    split = run.split
-    if split.protocol:
-        from backmix.train.protocols import split as published
-
-        known = published(split.protocol, split.family, split.list).known
-        if max(known) >= len(classes):
-            raise ValueError(
-                f"protocol {split.protocol} names class {max(known)}, but the data have only "
-                f"{len(classes)} classes: {', '.join(classes[:10])}"
-            )
-        return list(known)
-    missing = [name for name in split.known if name not in classes]
-    if missing:
-        raise ValueError(
-            f"--split.known: the data have no class {', '.join(missing)}; "
-            f"their classes are {', '.join(classes[:20])}{' ...' if len(classes) > 20 else ''}"
-        )
-    known = [classes.index(name) for name in split.known] or list(range(len(classes)))
-    if len(set(known)) != len(known):
-        raise ValueError("--split.known names a class twice")
-    return known
-
-
-def training_subset(run: Run, labels, known: list[int]) -> Subset:  # noqa: ANN001
-    """Return the training samples: those of the known classes, less what --val holds out."""
-    subset = select(labels, known)
-    absent = sorted(set(range(len(known))) - set(subset.labels.tolist()))
-    if absent:
-        raise ValueError(
-            f"known classes without any training image: stored numbers {[known[i] for i in absent]}"
-        )
-    rest, _ = hold_out(subset, run.val, run.seed)
-    if not len(rest):
-        raise ValueError(f"--val {run.val} leaves no training image")
-    return rest
-
-
-def train(run: Run, recipe: str, command: list[str]) -> int:
-    """Run, or continue, a training run; returns the exit code."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    with locked(run.out):
-        config, state, loader = prepare_run(run, recipe, command)
-        with loader:
-            return _train_locked(run, config, state, loader)
-
-
-def _train_locked(run: Run, config: Config, state: State, loader: Loader) -> int:
-    progress = Progress(run.quiet)
-    compare_and_write(run, config)
-    found, said = newest_checkpoint(run.out)
-    for line in said:
-        progress.show(line, final=True)
-    lengths = None
-    if found is not None:
-        tensors, meta = found
-        state.load(tensors, meta)
-        lengths = meta["log"]
-        progress.show(f"continuing {run.out} at step {state.step}", final=True)
-    log = Log(run.out, lengths)
-    stop = StopAsked()
-    write_status(run.out, "running", state.step)
-    log.time(
-        {"event": "resume" if found else "start", "step": state.step, "host": os.uname().nodename}
-    )
-    try:
-        code = _go(run, config, state, loader, log, progress, stop)
-    except KeyboardInterrupt:
-        write_status(run.out, "stopped", state.step, "interrupted twice: the last checkpoint holds")
-        return EXIT_STOPPED if (run.out / "checkpoints").exists() else EXIT_INTERRUPTED
-    except (ValueError, OSError) as error:
-        with contextlib.suppress(OSError):
-            write_status(run.out, "failed", state.step, str(error))
-        raise
-    finally:
-        stop.restore()
-        log.close()
-    return code
-
-
-def _go(
-    run: Run,
-    config: Config,
-    state: State,
-    loader: Loader,
-    log: Log,
-    progress: Progress,
-    stop: StopAsked,
-) -> int:
-    """Take steps; log, save and stop when it is time."""
-    autocast = torch.autocast(
-        config.resolved.device, torch.bfloat16, enabled=config.resolved.precision == "bf16"
-    )
-    saves = Saves(run, log)
-    clock = Clock(state.step)
-    named_bad = 0
-    for step in steps(state, loader, run, autocast):
-        if step.end_of_epoch:
-            row = state.epoch.take()
-            log.epoch(
-                state.place.epoch + 1,
-                state.step,
-                row["loss"] / row["seen"],
-                row["right"] / row["seen"],
-            )
-        if state.step % run.log_every == 0 or step.end_of_epoch:
-            write_row(state, log, run)
-            rate = clock.rate(state.step, run.loader.batch)
-            log.time(
-                {"step": state.step, "images_per_s": round(rate, 1), "replaced": len(loader.bad)}
-            )
-            for line in loader.bad[named_bad:]:
-                progress.show(f"replaced: {line}", final=True)
-            named_bad = len(loader.bad)
-        progress.show(_line(run, state, loader, clock))
-        if stop:
-            saves.write(state)
-            write_status(run.out, "stopped", state.step, signal.Signals(stop.signal).name)
-            progress.show(f"stopped at step {state.step}; the same command continues", final=True)
-            return EXIT_STOPPED
-        if saves.due(state):
-            saves.try_to_write(state, progress)
-    saves.write(state)
-    write_model(run.out / "model.safetensors", state)
-    write_status(run.out, "finished", state.step)
-    progress.show(f"finished {run.out}: {state.step} steps", final=True)
-    return 0
-
-
-def write_row(state: State, log: Log, run: Run) -> None:
-    """Fetch the meters and append a row to log.jsonl; end the run where too many steps were void."""
-    void, samples = int(state.void_steps), state.void_samples.tolist()
-    sums = state.interval.take()
-    if not sums:
-        return
-    seen, taken = sums.pop("seen"), sums.pop("steps")
-    good = max(taken - void, 1)
-    row = {
-        "step": state.step,
-        "epoch": state.place.epoch,
-        "consumed": state.place.consumed,
-        "samples": int(seen),
-        "loss": sums.pop("loss") / seen,
-        "accuracy": sums.pop("right") / seen,
-        "lr": float(state.optimizer.param_groups[0]["lr"]),
-        "grad_norm": sums.pop("grad_norm") / good,
-        "bad_steps": void,
-        **{name: value / taken for name, value in sums.items()},
-    }
-    named = [number for number in samples if number >= 0]
-    if void:
-        row["bad_samples"] = named
-    log.row(row)
-    state.void_steps.zero_()
-    state.void_samples.fill_(-1)
-    state.void_rows = state.void_rows + 1 if void else 0
-    if void > MOST_VOID_STEPS or state.void_rows >= MOST_VOID_ROWS:
-        raise ValueError(
-            f"{run.out}: {void} of the last {int(taken)} steps up to step {state.step} had a "
-            f"gradient that is not finite; samples of the first: {named}. A lower --optim.lr or "
-            "--optim.clip 1 usually helps."
-        )
-
-
-@dataclass
-class Clock:
-    """Steps per second since the process began, and since the last look."""
-
-    first: int
-
-    def __post_init__(self) -> None:
-        self.began = self.looked = time.perf_counter()
-        self.last = self.first
-
-    def rate(self, step: int, batch: int) -> float:
-        """Return images per second since the last call."""
-        now = time.perf_counter()
-        rate = (step - self.last) * batch / max(now - self.looked, 1e-9)
-        self.last, self.looked = step, now
-        return rate
-
-    def left(self, step: int, total: int) -> float:
-        """Return the estimated seconds that remain."""
-        done = step - self.first
-        return (time.perf_counter() - self.began) / max(done, 1) * (total - step)
-
-
-def _line(run: Run, state: State, loader: Loader, clock: Clock) -> str:
-    per_epoch = -(-loader.samples // run.loader.batch)
-    total = run.epochs * per_epoch
-    left = int(clock.left(state.step, total))
-    done = state.step - clock.first
-    speed = done * run.loader.batch / max(time.perf_counter() - clock.began, 1e-9)
-    return (
-        f"{run.out.name}: epoch {state.place.epoch + 1}/{run.epochs}, step {state.step:,}/{total:,}, "
-        f"{speed:,.0f} img/s, {left // 60}:{left % 60:02d} left"
-    )
-
-
-class Saves:
-    """When checkpoints are due, and what happens when one cannot be written."""
-
-    def __init__(self, run: Run, log: Log) -> None:
-        """Count from now."""
-        self.run = run
-        self.log = log
-        self.last = time.monotonic()
-        self.failed = 0
-
-    def due(self, state: State) -> bool:
-        """Return whether it is time, by minutes or by steps."""
-        by_steps = self.run.save_steps and state.step % self.run.save_steps == 0
-        return bool(by_steps) or time.monotonic() - self.last >= self.run.save_minutes * 60
-
-    def write(self, state: State) -> None:
-        """Write the checkpoint; the rows that it counts are on the disk before."""
-        lengths = self.log.lengths()
-        save_checkpoint(self.run.out, state.step, state.tensors(), {**state.meta(), "log": lengths})
-        self.last = time.monotonic()
-        self.failed = 0
-
-    def try_to_write(self, state: State, progress: Progress) -> None:
-        """Write the checkpoint; if that fails say so and go on, the one before is intact."""
-        try:
-            self.write(state)
-        except OSError as error:
-            self.failed += 1
-            self.last = time.monotonic()
-            progress.show(f"{error}; the checkpoint before is intact, going on", final=True)
-            if self.failed >= MOST_FAILED_SAVES:
-                raise
-
-
-def write_model(path: Path, state: State) -> None:
-    """Write the network alone, under plain names, for whoever wants it."""
-    import safetensors.torch
-
-    tensors = {
-        name: value.detach().to("cpu").contiguous().clone()
-        for name, value in state.model.state_dict().items()
-    }
-    write_atomically(path, safetensors.torch.save(tensors))

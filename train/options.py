@@ -55,7 +55,7 @@ class Optim:
     weight_decay: float = 1e-4
     """Weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
-    """matrices: no decay of biases and normalisation layers. all: decay everything, as ARPL does."""
+    """matrices: no decay of biases and normalisation. all: decay everything, as ARPL does."""
     schedule: Literal["milestones", "linear", "cosine", "cyclic"] = "milestones"
     """milestones: falls by --optim.factor at each. linear, cosine: warm-up, then down to 0.
     cyclic: as ffcv's ImageNet recipes, with the peak at epoch 2."""

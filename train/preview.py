@@ -20,11 +20,11 @@ from backmix.pipeline.loader import open_loader
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset
 from backmix.train.checkpoint import load_tensors, write_atomically
-from backmix.train.loop import training_subset
 from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.build import build as build_method
 from backmix.train.models.build import build as build_model
 from backmix.train.options import Augment, BackMix, Optim, PreviewOptions, Run, Split
+from backmix.train.run import training_subset
 from backmix.train.run_folder import read_config
 
 Data = Path | Sequence[Path]

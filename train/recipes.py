@@ -156,7 +156,7 @@ def demo_softmax() -> Run:
         model="classifier32-quarter",
         threads=1,
         loader=LoaderOptions(batch=64, size=32),
-        augment=Augment(flip=False, mean=(114.75,) * 3, std=(63.75,) * 3),
+        augment=Augment(flip=False, mean=(114.75, 114.75, 114.75), std=QUARTER),
         optim=Optim(lr=0.1, nesterov=True, weight_decay=5e-4, schedule="linear", warmup=0.15),
         method=Softmax(),
     )
@@ -180,9 +180,7 @@ def demo_backmix() -> Run:
 
 def demo_cutout() -> Run:
     """Return the demo's occlusion control: the same patches in plain fill."""
-    return replace(
-        demo_softmax(), method=BackMix(patch=16, probability=0.5, mask="grey", warmup=1)
-    )
+    return replace(demo_softmax(), method=BackMix(patch=16, probability=0.5, mask="grey", warmup=1))
 
 
 RECIPES: dict[str, Callable[[], Run]] = {

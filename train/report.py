@@ -129,7 +129,7 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
         if (s := run.metrics["split"])
     ]
     return [
-        ("Runs", [f"{len(runs)} of {len(groups)} configurations"]),
+        ("Runs", [f"{len(runs)}, of {len(groups)} configuration{'s' * (len(groups) > 1)}"]),
         ("Date", [f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"]),
         ("Known classes", _counted(_few(run.config["classes"]) for run in runs)),
         *([("Class lists", _counted(split))] if split else []),
@@ -262,7 +262,8 @@ def _curves(groups: Sequence[Group], table: Table, scores: Sequence[str], area: 
                 "share of unknown accepted",
                 f"share of {known_axis}",
                 tuple(series),
-                unit=True,
+                shares=True,
+                chance=area == "auroc",
             )
         )
     name = METRICS[area]
@@ -275,7 +276,7 @@ def _curves(groups: Sequence[Group], table: Table, scores: Sequence[str], area: 
     )
     what = "ROC curves" if area == "auroc" else "OSCR curves"
     return Chart(
-        title=f"{what}, unknown set {table.unknown}",
+        title=f"{what}, unknown set “{table.unknown}”",
         text=f"Area under the curve ({name}, percent): {areas}. A curve is the mean over the runs.",
         svg=line_chart(panels),
         header=("score", "method", *(f"at {share:.0%} of unknown accepted" for share in _READ_AT)),
@@ -308,9 +309,9 @@ def _histograms(groups: Sequence[Group], unknown: str, score: str) -> Chart:
             rows.append((group.label, kind, *(f"{value:.2f}" for value in at)))
     name = SCORE_NAMES.get(score, score)
     return Chart(
-        title=f"{name} of known and unknown images, unknown set {unknown}",
+        title=f"{name} of known and unknown images, unknown set “{unknown}”",
         text=(
-            "Unknown images to the right of the line that 95 % of the known ones reach, first run "
+            "Unknown images to the right of the line that 95% of the known ones reach, first run "
             f"of each method: {', '.join(accepted)}."
         ),
         svg=histogram_chart(histograms, f"{name} (right: more known)"),
@@ -386,7 +387,7 @@ def _picture(group: Group) -> Picture:
     encoded = base64.b64encode(grid_picture(examples, kind)).decode()
     return Picture(
         group.label,
-        f"{run.name}. {examples.caption}",
+        f"First run ({run.name}). {examples.caption}",
         f"data:image/{kind};base64,{encoded}",
         tuple(zip(examples.target_names, examples.donor_names, strict=True)),
     )

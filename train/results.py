@@ -228,8 +228,8 @@ def markdown(some: Sequence[Table]) -> str:
     """Return the tables as Markdown, figures in percent."""
     parts = []
     for table in some:
-        head = ["score", "method", "runs", "accuracy", "AUROC", "difference", "OSCR", "difference"]
-        lines = [f"Unknown set {table.unknown} ({table.images}), percent:", ""]
+        head = ["score", "method", "runs", "accuracy", "AUROC", "to softmax", "OSCR", "to softmax"]
+        lines = [f"Unknown set `{table.unknown}` ({table.images}), percent:", ""]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for row in table.rows:
             cells = [SCORE_NAMES.get(row.score, row.score), row.label, str(row.runs)]

@@ -39,11 +39,13 @@ def resolve(run: Run) -> Resolved:
     if run.device == "cuda" and not cuda:
         raise ValueError("--device cuda: there is no CUDA device here")
     device = run.device if run.device != "auto" else "cuda" if cuda else "cpu"
-    threads = run.threads or (before and before["threads"]) or len(os.sched_getaffinity(0))
-    precision = run.precision if run.precision != "auto" else before and before["precision"]
-    if precision is None:
+    threads, precision = run.threads, run.precision
+    if before:
+        threads = threads or int(before["threads"])
+        precision = before["precision"] if precision == "auto" else precision
+    if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-    return Resolved(precision, device, threads)
+    return Resolved(str(precision), device, threads or len(os.sched_getaffinity(0)))
 
 
 def has_bf16(device: str) -> bool:

@@ -1,4 +1,4 @@
-"""`State`: every tensor and integer that a run's future depends on, and how it is saved and loaded."""
+"""`State`: every tensor and integer that a run's future depends on, saved and loaded by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ RING = 64
 
 @dataclass
 class Meters:
-    """Sums on the device, fetched by one copy; float64, so that their order of size never matters."""
+    """Sums on the device, float64, fetched by one copy."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
 

@@ -1,7 +1,7 @@
 """Killed anywhere, a run ends with the same bits: SIGKILL from outside, at random and aimed.
 
-A random kill almost never lands inside a checkpoint's write, so half of them are aimed: the writer is
-slowed down, and the killer waits until the unfinished file is there.
+A random kill almost never lands inside a checkpoint's write, so half of them are aimed: the writer
+is slowed down, and the killer waits until the unfinished file is there.
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ SECONDS = 60.0
 def child(run: Run, pause: float) -> None:
     """Run in a process of its own, with a slow writer where asked."""
     os.environ["BACKMIX_TEST_WRITE_PAUSE"] = str(pause)
-    from backmix.train.loop import train
+    from backmix.train.run import train
 
     raise SystemExit(train(run, "test", ["backmix", "train"]))
 
@@ -36,7 +36,7 @@ def child(run: Run, pause: float) -> None:
 def start() -> Callable[[Run, float], BaseProcess]:
     """Start a run in a new process; torch is imported once, in the server that forks them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["backmix.train.loop"])
+    context.set_forkserver_preload(["backmix.train.run"])
 
     def begin(run: Run, pause: float) -> BaseProcess:
         process = context.Process(target=child, args=(run, pause))
@@ -102,7 +102,7 @@ def test_a_second_start_on_a_live_run_is_refused(
     deadline = time.monotonic() + SECONDS
     while not (run.out / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    from backmix.train.loop import train
+    from backmix.train.run import train
 
     with pytest.raises(ValueError, match=f"in use by process {first.pid}"):
         train(run, "test", [])

@@ -1,4 +1,4 @@
-"""The BackMix method: who gives, which cells, what the bank learns. The doors have their own tests."""
+"""The BackMix method: who gives, which cells, what the bank learns."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,10 @@ from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import open_set
 from backmix.pipeline.loader import open_loader
 from backmix.pipeline.subset import Subset, select
-from backmix.train.loop import prepare_run
 from backmix.train.methods.backmix import BackMixMethod, _area_average, _cell_shares
+from backmix.train.models.build import Model
 from backmix.train.options import BackMix, Run, Split
+from backmix.train.run import prepare_run
 from tests.runs import SIDE, tiny_run, tiny_set
 
 
@@ -38,7 +39,7 @@ def masks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def method_and_batch(run: Run) -> tuple[BackMixMethod, Batch, torch.nn.Module]:
+def method_and_batch(run: Run) -> tuple[BackMixMethod, Batch, Model]:
     _, state, loader = prepare_run(run, "test", [])
     with loader:
         batch = next(iter(loader.batches(Place(run.seed, 1))))
@@ -97,9 +98,7 @@ def test_nothing_is_pasted_during_the_warm_up(data: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["raw", "raw+loss", "mix"])
-def test_the_bank_learns_the_maps_of_the_batch_and_of_nobody_else(
-    data: Path, source: str
-) -> None:
+def test_the_bank_learns_the_maps_of_the_batch_and_of_nobody_else(data: Path, source: str) -> None:
     method, batch, model = method_and_batch(run_of(data, cam_source=source, rate=1.0))
     images = method.prepare(batch)
     out = method.loss(images, batch, model)  # type: ignore[arg-type]
@@ -124,7 +123,7 @@ def test_the_bank_learns_the_maps_of_the_batch_and_of_nobody_else(
 
 def test_a_void_step_leaves_the_bank(data: Path) -> None:
     method, batch, model = method_and_batch(run_of(data, rate=1.0))
-    out = method.loss(method.prepare(batch), batch, model)  # type: ignore[arg-type]
+    out = method.loss(method.prepare(batch), batch, model)
     method.after_backward(batch, out, model, torch.zeros(()))  # type: ignore[arg-type]
     assert (method.bank == 0.5).all()
 
@@ -134,7 +133,7 @@ def test_masks_that_need_no_maps_cost_no_pass(data: Path, masks: Path, mask: str
     method, batch, model = method_and_batch(
         run_of(data, mask=mask, masks=masks if mask == "oracle" else None)
     )
-    out = method.loss(method.prepare(batch), batch, model)  # type: ignore[arg-type]
+    out = method.loss(method.prepare(batch), batch, model)
     method.after_backward(batch, out, model, torch.ones(()))  # type: ignore[arg-type]
     assert (method.bank == 0.5).all() and not method.learns
 
@@ -166,7 +165,11 @@ def test_true_foreground_is_averaged_exactly() -> None:
 
 @pytest.mark.parametrize(
     ("break_it", "said"),
-    [("remove", "every training image needs a mask"), ("resize", "is 8 x 9"), ("spoil", "no readable")],
+    [
+        ("remove", "every training image needs a mask"),
+        ("resize", "is 8 x 9"),
+        ("spoil", "no readable"),
+    ],
 )
 def test_wrong_masks_are_named(
     data: Path, masks: Path, tmp_path: Path, break_it: str, said: str

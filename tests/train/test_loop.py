@@ -16,9 +16,10 @@ from backmix.pipeline.order import order
 from backmix.train import loop
 from backmix.train.checkpoint import checkpoint_path, load_tensors
 from backmix.train.log import read_status
-from backmix.train.loop import prepare_run, steps, train
+from backmix.train.loop import steps
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.options import BackMix, Run, Softmax, Split
+from backmix.train.run import prepare_run, train
 from tests.runs import tiny_run, tiny_set
 
 METHODS = {
@@ -177,7 +178,7 @@ def test_a_void_step_leaves_everything_as_it_was(data: Path, tmp_path: Path) -> 
         before = {name: value.clone() for name, value in state.tensors().items()}
         real = state.method.prepare
 
-        def poisoned(batch):  # noqa: ANN001, ANN202
+        def poisoned(batch):
             images = real(batch)
             images[1] = math.nan
             return images
@@ -206,7 +207,7 @@ def test_a_run_that_is_only_void_ends_with_the_samples_named(
     monkeypatch.setattr(SoftmaxMethod, "prepare", lambda self, batch: real(self, batch) * math.nan)
     run = tiny_run(data, tmp_path / "run", Softmax(), epochs=30, log_every=12)
     first = set(order(0, 2, 40)[:16].tolist())  # the third log row in a row ends it, in epoch 2
-    with pytest.raises(ValueError, match="[0-9]+ of the last [0-9]+ steps") as ended:
+    with pytest.raises(ValueError, match=r"[0-9]+ of the last [0-9]+ steps") as ended:
         start(run)
     named = set(json.loads(str(ended.value).split("samples of the first: ")[1].split("]")[0] + "]"))
     assert named == first
@@ -218,7 +219,7 @@ class NoWaiting(TorchDispatchMode):
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select")
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
         assert not any(word in name for word in self.FORBIDDEN), f"{name} waits for the device"
         return func(*args, **(kwargs or {}))

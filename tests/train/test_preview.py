@@ -13,7 +13,7 @@ from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.writer import Record, Writer
 from backmix.train import preview
 from backmix.train.checkpoint import save_checkpoint
-from backmix.train.options import Augment, BackMix, Run, Softmax, Split
+from backmix.train.options import Augment, BackMix, PreviewOptions, Run, Softmax, Split
 from backmix.train.run_folder import as_document
 
 CLASSES = ["cat", "dog", "owl"]
@@ -73,7 +73,9 @@ def expected_mix(examples: preview.Examples, fill: tuple[int, int, int] | None) 
 
 
 def test_random_examples_are_mixed_as_their_own_masks_and_patches_say(tmp_path):
-    examples = preview.random_examples([write_beton(tmp_path / "a.beton")], seed=3)
+    examples = preview.random_examples(
+        write_beton(tmp_path / "a.beton"), PreviewOptions(rows=8, seed=3)
+    )
     assert examples.masked.shape == (8, 4, 4) and (examples.masked.sum((1, 2)) == 4).all()
     assert (examples.patch[:, 4:] == 8).all()
     np.testing.assert_array_equal(examples.mixes, expected_mix(examples, (128, 128, 128)))
@@ -86,7 +88,7 @@ def test_the_masks_of_a_run_are_the_hottest_cells_of_its_bank(tmp_path):
     bank[:, 1:3, 1:3] = 1  # the middle of every image is hottest
     method = BackMix(mask_ratio=0.25, fill="keep", probability=0.1, warmup=9)
     run = write_run(tmp_path / "run", data, method, bank)
-    examples = preview.run_examples(run, count=4)
+    examples = preview.run_examples(run, None, PreviewOptions(rows=4))
     middle = np.zeros((4, 4), bool)
     middle[1:3, 1:3] = True
     assert (examples.masked == middle).all()
@@ -96,18 +98,27 @@ def test_the_masks_of_a_run_are_the_hottest_cells_of_its_bank(tmp_path):
     assert "class activation maps" in examples.caption and "10%" in examples.caption
 
 
+def test_wishes_go_before_the_options_of_the_run(tmp_path):
+    data = write_beton(tmp_path / "a.beton")
+    run = write_run(tmp_path / "run", data, BackMix(), np.zeros((8, 4, 4), np.float16))
+    examples = preview.run_examples(run, data, PreviewOptions(size=64, patch=10))
+    assert examples.targets.shape[1:] == (64, 64, 3) and examples.masked.shape[1:] == (4, 4)
+    assert (examples.patch[:, 4:] == 10).all()
+    np.testing.assert_array_equal(examples.mixes, expected_mix(examples, (128, 128, 128)))
+
+
 @pytest.mark.parametrize(("fill", "colour"), [("grey", (128, 128, 128)), ("mean", (100, 90, 80))])
 def test_masked_donor_pixels_show_the_fill_of_the_run(tmp_path, fill, colour):
     data = write_beton(tmp_path / "a.beton")
     bank = np.zeros((8, 4, 4), np.float16)
     run = write_run(tmp_path / "run", data, BackMix(mask="grey", fill=fill), bank)
-    examples = preview.run_examples(run)
+    examples = preview.run_examples(run, None, PreviewOptions())
     assert examples.masked.all()
     np.testing.assert_array_equal(examples.mixes, expected_mix(examples, colour))
 
 
 def test_the_picture_shows_every_pixel_enlarged_by_a_whole_number(tmp_path):
-    examples = preview.random_examples([write_beton(tmp_path / "a.beton")], count=2)
+    examples = preview.random_examples(write_beton(tmp_path / "a.beton"), PreviewOptions(rows=2))
     plain = dataclasses.replace(
         examples, patch=np.zeros_like(examples.patch), masked=np.zeros_like(examples.masked)
     )
@@ -121,7 +132,7 @@ def test_the_picture_shows_every_pixel_enlarged_by_a_whole_number(tmp_path):
 
 
 def test_patches_are_framed_and_masked_cells_hatched(tmp_path):
-    examples = preview.random_examples([write_beton(tmp_path / "a.beton")], count=1)
+    examples = preview.random_examples(write_beton(tmp_path / "a.beton"), PreviewOptions(rows=1))
     masked = np.zeros((1, 4, 4), bool)
     masked[0, 0, 0] = True
     examples = dataclasses.replace(examples, patch=np.array([[20, 12, 8, 16, 8, 8]]), masked=masked)
@@ -138,7 +149,7 @@ def test_patches_are_framed_and_masked_cells_hatched(tmp_path):
 def test_the_file_is_whole_and_the_same_twice(tmp_path):
     data = write_beton(tmp_path / "a.beton")
     for name in ("one.png", "two.png"):
-        preview.write_preview([data], tmp_path / name, count=3, seed=5)
+        preview.write_preview(data, tmp_path / name, PreviewOptions(rows=3, seed=5))
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     with Image.open(tmp_path / "one.png") as image:
         image.load()
@@ -147,14 +158,16 @@ def test_the_file_is_whole_and_the_same_twice(tmp_path):
 
 
 def test_large_images_are_shown_at_224_pixels_with_patches_of_half_the_side(tmp_path):
-    examples = preview.random_examples([write_beton(tmp_path / "a.beton", side=300, count=2)])
+    examples = preview.random_examples(
+        [write_beton(tmp_path / "a.beton", side=300, count=2)], PreviewOptions()
+    )
     assert examples.targets.shape[1:] == (224, 224, 3)
     assert (examples.patch[:, 4:] == 112).all()
     assert examples.masked.shape[1:] == (7, 7)
 
 
 def test_a_long_class_name_is_cut(tmp_path):
-    examples = preview.random_examples([write_beton(tmp_path / "a.beton")], count=1)
+    examples = preview.random_examples(write_beton(tmp_path / "a.beton"), PreviewOptions(rows=1))
     long = dataclasses.replace(examples, target_names=("x" * 500,))
     short = dataclasses.replace(examples, target_names=("x",))
     sizes = [Image.open(io.BytesIO(preview.grid_picture(e))).size for e in (long, short)]
@@ -165,13 +178,14 @@ def test_a_long_class_name_is_cut(tmp_path):
     ("arguments", "message"),
     [
         ({"patch": 40}, r"--patch must be in 1 \.\. 32"),
-        ({"count": 0}, "at least 1"),
+        ({"rows": 0}, "--rows must be at least 1"),
+        ({"size": 16, "patch": 17}, r"--patch must be in 1 \.\. 16"),
     ],
 )
 def test_impossible_wishes_are_refused(tmp_path, arguments, message):
     data = write_beton(tmp_path / "a.beton")
     with pytest.raises(ValueError, match=message):
-        preview.write_preview([data], tmp_path / "out.png", **arguments)
+        preview.write_preview(data, tmp_path / "out.png", PreviewOptions(**arguments))
 
 
 def test_a_softmax_run_has_nothing_to_show(tmp_path):
@@ -179,7 +193,7 @@ def test_a_softmax_run_has_nothing_to_show(tmp_path):
     bank = np.zeros((8, 4, 4), np.float16)
     run = write_run(tmp_path / "run", data, Softmax(), bank)
     with pytest.raises(ValueError, match="not trained with BackMix"):
-        preview.run_examples(run)
+        preview.run_examples(run, None, PreviewOptions())
 
 
 def test_other_data_than_the_runs_are_refused(tmp_path):
@@ -187,7 +201,7 @@ def test_other_data_than_the_runs_are_refused(tmp_path):
     other = write_beton(tmp_path / "b.beton", count=9)
     run = write_run(tmp_path / "run", data, BackMix(), np.zeros((8, 4, 4), np.float16))
     with pytest.raises(ValueError, match=r"b\.beton is not what .*run was trained on"):
-        preview.run_examples(run, [other])
+        preview.run_examples(run, other, PreviewOptions())
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
@@ -196,7 +210,7 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     for path in (run / "checkpoints").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="no checkpoint"):
-        preview.run_examples(run)
+        preview.run_examples(run, None, PreviewOptions())
 
 
 def test_the_options_of_a_run_come_back_from_its_document():

@@ -44,10 +44,10 @@ def outputs(name: str, kind, n: int, strength: float, seed: int) -> Outputs:
     )
 
 
-def write_run(root: Path, method: str, seed: int, *, split: Split | None = None, **options) -> Path:
+def write_run(root: Path, kind: str, seed: int, *, split: Split | None = None, **options) -> Path:
     """Write the folder of a finished and judged run, without training it."""
-    chosen, strength = METHODS[method]
-    folder = root / f"{method}-{seed}-{len(list(root.iterdir()))}"
+    chosen, strength = METHODS[kind]
+    folder = root / f"{kind}-{seed}-{len(list(root.iterdir()))}"
     run = Run(
         data=(Path("train.beton"),),
         out=folder,
@@ -58,14 +58,14 @@ def write_run(root: Path, method: str, seed: int, *, split: Split | None = None,
     (folder / "scores").mkdir(parents=True)
     config = {
         "run": as_document(run),
-        "recipe": f"demo-{method}",
+        "recipe": f"demo-{kind}",
         "resolved": {"precision": "fp32", "device": "cpu", "threads": 1},
         "classes": CLASSES,
         "known": [0, 1, 2],
         "data": {"files": ["train.beton"], "digest": f"data{seed}", "samples": 100},
         "versions": {"torch": "2.13.0", "backmix": "0.1.0"},
         "commit": "abc123",
-        "command": f"backmix train demo-{method} --seed {seed}",
+        "command": f"backmix train demo-{kind} --seed {seed}",
     }
     (folder / "config.json").write_text(json.dumps(config))
     known = outputs("known", "known", 60, strength, 10 * seed)
@@ -87,7 +87,7 @@ def write_run(root: Path, method: str, seed: int, *, split: Split | None = None,
             "lr": 0.1,
             "grad_norm": 1.0,
             "bad_steps": 1,
-            **({"mask_hit": 0.5} if method == "backmix" else {}),
+            **({"mask_hit": 0.5} if kind == "backmix" else {}),
         }
         for epoch in (1, 2)
     ]
@@ -282,7 +282,7 @@ def test_every_chart_has_a_sentence_a_table_and_no_small_letters(page):
     assert len(figures) == 4  # ROC, OSCR, histograms, training
     for figure in figures:
         assert "<figcaption>" in figure and "Data of this chart" in figure and "<svg" in figure
-        sizes = [float(size) for size in re.findall(r"font: ([\d.]+)px", figure)]
+        sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", figure)]
         # An SVG unit is a point here: 4/3 of a pixel.
         assert sizes and min(sizes) * 4 / 3 >= 11
         assert not re.search(r"#(?:[0-9a-f]{6})\b", figure.lower()), "a colour outside the theme"

@@ -8,6 +8,7 @@ Fore-Background Priors" (TPAMI 2025). The two operations are `kernels/mix_backgr
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ COOL_TRIES = 8
 
 @dataclass
 class BackMixMethod:
-    """Mix, train on the mix under the target's label, and keep the activation maps of all images."""
+    """Mix, train on the mix under the target's label, keep the activation maps of all images."""
 
     options: BackMix
     augment: Augment
@@ -199,7 +200,7 @@ class BackMixMethod:
 
     def _fill(
         self, batch: Batch, drawn: DeviceDraws
-    ) -> None | tuple[float, float, float] | Tensor | str:
+    ) -> tuple[float, float, float] | Tensor | Literal["keep"] | None:
         match self.options.fill:
             case "grey":
                 return (127.5, 127.5, 127.5)

@@ -1,6 +1,7 @@
 """Views of a batch without a donor: augmented for training, or plain; and draws on the device."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def to_device(drawn: MixDraws, device: torch.device) -> DeviceDraws:
     )
 
 
-def border_of(augment: Augment) -> tuple[float, float, float] | str:
+def border_of(augment: Augment) -> tuple[float, float, float] | Literal["reflect"]:
     """Return the `pad` argument of `mix_background`: a colour in pixel units, or "reflect"."""
     match augment.border:
         case "black":
