@@ -45,8 +45,8 @@ class FfcvLoader:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         if len(plan.data.shards) != 1:
             raise ValueError(
-                f"the ffcv loader reads one file, not {len(plan.data.shards)}: choose --loader "
-                "turbo, or convert into one file"
+                f"the ffcv loader reads one file, not {len(plan.data.shards)}: choose "
+                "--loader.loader turbo, or convert into one file"
             )
         self.plan = plan
         self.device = device
@@ -93,8 +93,8 @@ class FfcvLoader:
         index = self.plan.subset.index[np.concatenate([part.positions for part in parts])]
         self._boxes[index] = self.plan.boxes(place, index)
         self._codes[index] = 0
-        self._running = True
         epoch = _start_epoch(self._stock, index.astype(np.uint64))
+        self._running = True
         try:
             arrived = _arrivals(epoch, torch.get_num_threads())
             rest, replaced = np.empty(0), 0
@@ -102,6 +102,8 @@ class FfcvLoader:
                 views = empty_views(self.plan, part, pinned=self.device.type == "cuda")
                 pixels, row = views.pixels.numpy(), 0
                 while row < len(pixels):
+                    if self._stock is None:
+                        raise ValueError("the loader was closed while its batches were read")
                     if not len(rest):
                         rest = next(arrived)
                     taken = min(len(pixels) - row, len(rest))
@@ -119,7 +121,7 @@ class FfcvLoader:
         data, verify = self.plan.data, self.plan.options.verify
         codes = self._codes[views.index]
         pixels = views.pixels.numpy()
-        for row in range(len(codes)) if verify else np.flatnonzero(codes).tolist():
+        for row in range(len(codes)):
             index = int(views.index[row])
             try:
                 if codes[row] or not _header_fits(data.region(index, verify), data, index):
@@ -172,7 +174,7 @@ def _open_stock(plan: Plan, boxes: np.ndarray, codes: np.ndarray) -> Any:
     except ImportError as error:
         raise ValueError(
             f"the ffcv loader needs the package ffcv ({error}): pip install 'backmix[ffcv]', which "
-            "needs g++, pkg-config, libturbojpeg and OpenCV; or choose --loader turbo"
+            "needs g++, pkg-config, libturbojpeg and OpenCV; or choose --loader.loader turbo"
         ) from error
     # Two loaders read at the same time, training and validation, share numba's threads: its own
     # work queue would abort the process.

@@ -43,7 +43,8 @@ class LoaderOptions:
 
     loader: Literal["auto", "resident", "turbo", "ffcv"] = "auto"
     """resident: all images decoded once and kept on the device. turbo: libjpeg-turbo in threads.
-    ffcv: the stock ffcv pipeline. auto: resident where whole images fit memory, else turbo."""
+    ffcv: the stock ffcv pipeline. auto: resident in training on whole images of
+    at most 2 GiB in all, else turbo."""
     batch: int = 128
     """Images per step, all ranks together."""
     size: int = 32
