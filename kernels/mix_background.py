@@ -226,10 +226,11 @@ def mix_background_meaning(
     if not isinstance(fill, str):
         _paint(mixed.view(-1, 3), place, hot, _values(fill, dtype, mean, std))
     if shift is not None and not isinstance(pad, str):
-        no_row = ((yv < 0) | (yv >= height)).view(n * height, 1)
-        no_column = ((xv < 0) | (xv >= width)).repeat_interleave(3, 1).repeat_interleave(height, 0)
+        no_row = ((yv < 0) | (yv >= height))[:, :, None]
+        no_column = ((xv < 0) | (xv >= width)).repeat_interleave(3, 1)[:, None, :]
         pad_line = _values(pad, dtype, mean, std).repeat(1, width)
-        mixed = torch.where(no_row | no_column, pad_line, mixed)
+        lines = mixed.view(n, height, width * 3)
+        torch.where(no_row | no_column, pad_line, lines, out=lines)
     mixed = mixed.view(n, height, width, 3).to(dtype)
     return mixed if dtype == torch.uint8 else mixed.permute(0, 3, 1, 2)
 

@@ -30,7 +30,7 @@ from backmix.pipeline import draws, images
 from backmix.pipeline.beton import JPG, RAW, Flag
 from backmix.pipeline.options import ConvertOptions
 from backmix.pipeline.sources import Item, Source, open_source, read_classes
-from backmix.pipeline.writer import Record, Writer, _remove_dead_parts, page_size_for
+from backmix.pipeline.writer import Record, Writer, page_size_for, remove_dead_parts
 
 QUALITY = 90
 """JPEG quality of what is encoded where none is asked for: stock ffcv's."""
@@ -544,14 +544,16 @@ def _write(
     with (
         contextlib.closing(_results(listed, wants, options)) as results,
         _Manifest(out.with_name(out.name + ".jsonl")) as manifest,
-        _Writer(
+        Writer(
             out,
-            manifest,
             samples=total,
             page_size=page_size,
             classes=listed.classes,
             options=_noted(options),
             force=options.force,
+            # So the file, once it is there under its name, has its manifest; and a run that fails
+            # before leaves the manifest of an earlier one as it was.
+            before_publish=manifest.publish,
         ) as writer,
     ):
         for i, result in enumerate(results):
@@ -635,7 +637,7 @@ class _Manifest:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._part = path.with_name(f"{path.name}.part-{os.getpid()}")
-        _remove_dead_parts(path)
+        remove_dead_parts(path)
         self._file = open(self._part, "w", encoding="utf-8")
 
     def __enter__(self) -> Self:
@@ -663,19 +665,3 @@ class _Manifest:
             yield
         except OSError as error:
             raise OSError(f"{self.path}: {error.strerror}; nothing was left behind") from error
-
-
-class _Writer(Writer):
-    """A Writer that gives the manifest its name just before the file gets its own.
-
-    So the file, once it is there under its name, has its manifest; and a run that fails before,
-    on a full disk or otherwise, leaves a manifest of an earlier run as it was.
-    """
-
-    def __init__(self, path: Path, manifest: _Manifest, **rest: Any) -> None:
-        super().__init__(path, **rest)
-        self._manifest = manifest
-
-    def _publish(self) -> None:
-        self._manifest.publish()
-        super()._publish()

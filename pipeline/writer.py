@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -83,6 +84,7 @@ class Writer:
         classes: list[str],
         options: dict[str, Any],
         force: bool = False,
+        before_publish: Callable[[], None] | None = None,
     ) -> None:
         """Begin the file.
 
@@ -95,6 +97,8 @@ class Writer:
             options: noted in the file as JSON, `inspect` prints it. No times, no absolute paths:
                 the file shall depend on its samples only.
             force: replace an existing file, at the end and in one step.
+            before_publish: called when the file is complete and checked, just before it gets its
+                name: for what must be there whenever the file is.
 
         Raises ValueError for wrong arguments and for an existing file without `force`, OSError for
         what the file system refuses.
@@ -116,6 +120,7 @@ class Writer:
         self._classes = len(classes)
         self._page_size = page_size
         self._force = force
+        self._before_publish = before_publish
         self._type_ids = [type_id for _, type_id in FIELDS]
         self._metadata = np.zeros(samples, beton.record_dtype(self._type_ids))
         self._sizes = np.zeros(samples, np.uint64)
@@ -131,7 +136,7 @@ class Writer:
         self._page_end = self._first_page + page_size
 
         self._refuse_existing()
-        _remove_dead_parts(self.path)
+        remove_dead_parts(self.path)
         self.part = self.path.with_name(f"{self.path.name}.part-{os.getpid()}")
         self._file = open(self.part, "xb", buffering=1 << 20)
         try:
@@ -278,6 +283,8 @@ class Writer:
         os.fsync(self._file.fileno())
         self._check_part()
         self._refuse_existing()
+        if self._before_publish:
+            self._before_publish()
         self._publish()
         self._file.close()
 
@@ -395,7 +402,7 @@ def _locator(start: int, body: bytes) -> bytes:
     return locator.tobytes()
 
 
-def _remove_dead_parts(path: Path) -> None:
+def remove_dead_parts(path: Path) -> None:
     """Remove part files of `path` whose writer's process is gone."""
     for part in path.parent.iterdir():
         owner = part.name.removeprefix(f"{path.name}.part-")

@@ -275,6 +275,8 @@ def run(argv: Sequence[str]) -> int:
         return _usage(f"there is no command {words[0]!r}{hint} (backmix --help lists them)")
     try:
         return COMMANDS[words[0]][0](words[1:])
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, MemoryError) as error:
         if "--debug" in argv:
             raise

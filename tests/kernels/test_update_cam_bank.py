@@ -233,11 +233,20 @@ def test_a_map_is_moved_to_0_and_1() -> None:
     assert case.updated(normalise="none")[0].tolist() == [[-6.0, -5.0], [-4.0, -2.0]]
 
 
-@pytest.mark.parametrize("level", [0.0, 3.0, -1e-20])
-def test_a_flat_map_says_one_half_everywhere(level: float) -> None:
-    case = worked([[level, level], [level, level]], rate=1.0)
+@pytest.mark.parametrize(
+    ("level", "more"), [(0.0, 0.0), (3.0, 0.0), (-1e-20, 0.0), (0.0, 1e-19), (1e3, 1e-4)]
+)
+def test_a_flat_map_says_one_half_everywhere(level: float, more: float) -> None:
+    case = worked([[level, level + more], [level, level]], rate=1.0)
     case.bank.zero_()
     assert case.updated().eq(0.5).all()
+
+
+@pytest.mark.parametrize(("height", "seen"), [(32768, False), (32769, True)])
+def test_a_box_that_ends_at_a_centre_does_not_show_it(height: int, seen: bool) -> None:
+    case = worked(MAP, rate=1.0, box=ints([(0, 0, height, 65536)]))
+    case.bank, case.features = torch.zeros(1, 1, 1), torch.ones(1, 1, 1, 1)
+    assert (case.updated().item() == 0.5) is seen
 
 
 def test_the_map_is_the_true_classs() -> None:
@@ -287,14 +296,19 @@ def test_a_whole_box_reads_its_own_map() -> None:
         assert set(masked.flatten().nonzero()[:, 0].tolist()) == set(order[:count].tolist())
 
 
-def test_rows_below_zero_are_not_written() -> None:
+@pytest.mark.parametrize("rows", [(-1, 2, -1, 0), (0, -1, 2, -1)])
+def test_rows_below_zero_are_not_written(rows: tuple[int, ...]) -> None:
     case = random_case(2, moved=False)
-    case.bank_row = torch.tensor([-1, 2, -1, 0])
-    case.labels = torch.tensor([-1, 1, -1, 0])
+    case.bank_row = torch.tensor(rows)
+    case.labels = case.labels.where(case.bank_row >= 0, -1)
+    case.options["box"] = ints([WHOLE] * 4)
     before, after = case.bank, case.updated(check=True)
     assert after[[1, 3, 4, 5]].equal(before[[1, 3, 4, 5]])
-    for row in (0, 2):
-        assert not after[row].equal(before[row])
+    for sample, row in enumerate(rows):
+        if row >= 0:
+            alone = case.bank_row.where(torch.arange(4) == sample, -1)
+            assert after[row].equal(case.updated(bank_row=alone)[row])
+            assert not after[row].equal(before[row])
     assert case.updated(bank_row=torch.full((4,), -1)).equal(before)
 
 

@@ -1,5 +1,8 @@
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import replace
@@ -10,7 +13,17 @@ import pytest
 from PIL import Image
 
 from backmix.train import demo
-from backmix.train.demo import Job, Result, final_mask_hit, fixed_mask_hit, outcome, run_jobs
+from backmix.train.demo import (
+    METHODS,
+    Job,
+    Result,
+    final_mask_hit,
+    fixed_mask_hit,
+    jobs,
+    outcome,
+    run_jobs,
+)
+from backmix.train.log import write_status
 
 RESULT = Result(
     auroc=0.8, auroc_msp=0.79, accuracy=0.96, conflict=0.9, to_background=0.25, mask_hit=None
@@ -39,8 +52,9 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_a_backmix_that_loses_is_said_to_lose() -> None:
     text = outcome(results([0.80, 0.90], [0.95, 0.95], [0.70, 0.95]), fixed_hit=0.64)
-    assert "BackMix against softmax: -2.5 points in the mean, ahead in 1 of 2 seeds" in text
-    assert "-12.5 points in the mean, ahead in 0 of 2 seeds" in text
+    # -10 and +5, and -25 and 0: deviations of 7.5 sqrt(2) and 12.5 sqrt(2).
+    assert "-2.5 points in the mean (standard deviation 10.6), ahead in 1 of 2 seeds" in text
+    assert "-12.5 points in the mean (standard deviation 17.7), ahead in 0 of 2 seeds" in text
 
 
 def test_the_mask_is_compared_with_chance_and_with_the_best_fixed_mask() -> None:
@@ -118,3 +132,35 @@ def test_the_commands_of_a_job_run_in_order_and_every_end_is_told(
     run_jobs(waiting, 2, said.append)
     assert [(tmp_path / f"{name}.log").read_text() for name in "abc"] == ["train\nevaluate\n"] * 3
     assert [line.split()[0] for line in said] == ["1/3", "2/3", "3/3"]
+
+
+def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
+    runs = {method: tmp_path / "runs" / method for method in METHODS}
+    for run in runs.values():
+        run.mkdir(parents=True)
+    write_status(runs["softmax"], "finished", 608)
+    (runs["softmax"] / "metrics.json").write_text("{}")
+    write_status(runs["cutout"], "finished", 608)
+    write_status(runs["backmix"], "stopped", 371)
+    left = jobs(tmp_path, 2)
+    assert [[command[0] for command in job.commands] for job in left] == [
+        ["evaluate"],
+        ["train", "evaluate"],
+    ]
+    train = left[1].commands[0]
+    assert train[1] == "demo-backmix" and train[train.index("--seed") + 1] == "2"
+    assert train[train.index("--method.masks") + 1] == str(tmp_path / "images" / "masks")
+
+
+def test_a_stopped_demo_stops_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexec sleep 100\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    waiting = [job(tmp_path, "long", ["train"])]
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(waiting, 1, lambda line: None)
+    assert waiting[0].process is not None and waiting[0].process.returncode == -15
+    assert signal.getsignal(signal.SIGTERM) == before
