@@ -211,8 +211,9 @@ def mix_background_meaning(
     in_row, in_column = (down >= 0) & (down < patch_height), (right >= 0) & (right < patch_width)
     inside = in_row[:, :, None] & in_column[:, None, :]
     yd, xd = (dy + down).clamp(0, height - 1), (dx + right).clamp(0, width - 1)
-    g, g_ = masked.shape[1:]
-    cell = (yd * g // height * g_)[:, :, None] + (xd * g_ // width)[:, None, :]
+    cell_rows, cell_columns = masked.shape[1:]
+    cell_row, cell_column = yd * cell_rows // height, xd * cell_columns // width
+    cell = (cell_row * cell_columns)[:, :, None] + cell_column[:, None, :]
     hot = inside & masked.flatten(1).gather(1, cell.flatten(1)).view_as(cell)
     pasted = inside & ~hot if isinstance(fill, str) else inside
     place_line, source_line = place.view(-1), source.view(-1)
@@ -282,7 +283,7 @@ def _reading_is_free(tensor: Tensor) -> bool:
 def _reflected(position: Tensor, side: int) -> Tensor:
     """Mirror positions into 0..side-1 without repeating the edge: -1 -> 1, side -> side - 2."""
     period = max(2 * (side - 1), 1)
-    position = position.abs() % period
+    position = position % period  # floors, so that -1 becomes period - 1
     return torch.minimum(position, period - position) if side > 1 else position
 
 

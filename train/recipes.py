@@ -164,23 +164,15 @@ def demo_softmax() -> Run:
 
 def demo_backmix() -> Run:
     """Return the demo's BackMix: half-side patches on half of the images, 6 of 16 cells masked."""
-    return replace(
-        demo_softmax(),
-        method=BackMix(
-            patch=16,
-            probability=0.5,
-            mask_ratio=0.4,
-            fill="keep",
-            cam_source="mix",
-            rate=1.0,
-            warmup=1,
-        ),
+    method = BackMix(
+        patch=16, probability=0.5, mask_ratio=0.4, fill="mean", cam_source="mix", rate=1.0
     )
+    return replace(demo_softmax(), method=method)
 
 
 def demo_cutout() -> Run:
     """Return the demo's occlusion control: the same patches in plain fill."""
-    return replace(demo_softmax(), method=BackMix(patch=16, probability=0.5, mask="grey", warmup=1))
+    return replace(demo_softmax(), method=BackMix(patch=16, probability=0.5, mask="grey"))
 
 
 RECIPES: dict[str, Callable[[], Run]] = {

@@ -610,6 +610,15 @@ def test_check_names_the_first_bad_sample(name: str, sample: int, value: Any, me
         case.mixed(check=True, **{name: changed})
 
 
+@pytest.mark.parametrize("row", [-1, 6])
+def test_a_row_that_is_not_there_is_never_another_one(row: int) -> None:
+    case = random_case(17, mask_cells=3)
+    with pytest.raises(IndexError):
+        case.mixed(bank_row=torch.tensor([0, row, 1]))
+    with pytest.raises(IndexError):
+        replace(case, target=torch.tensor([0, row, 1])).mixed()
+
+
 def test_check_looks_at_pool_rows() -> None:
     case = random_case(16)
     with pytest.raises(ValueError, match=r"target\[1\] must be in 0\.\.4, got 5"):

@@ -296,7 +296,7 @@ def test_a_whole_box_reads_its_own_map() -> None:
         assert set(masked.flatten().nonzero()[:, 0].tolist()) == set(order[:count].tolist())
 
 
-@pytest.mark.parametrize("rows", [(-1, 2, -1, 0), (0, -1, 2, -1)])
+@pytest.mark.parametrize("rows", [(-1, 2, -1, 0), (0, -1, 2, -1), (-1, 0, -1, 2)])
 def test_rows_below_zero_are_not_written(rows: tuple[int, ...]) -> None:
     case = random_case(2, moved=False)
     case.bank_row = torch.tensor(rows)
