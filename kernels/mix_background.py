@@ -81,7 +81,9 @@ def view_heat(bank: Tensor, bank_row: Tensor, box: Tensor) -> Tensor:
     y0, x0, height, width = box.long().unbind(1)
     row = _stored_cell(y0, height, bank.shape[1])  # [n, g]
     column = _stored_cell(x0, width, bank.shape[2])  # [n, g']
-    return bank[bank_row[:, None, None], row[:, :, None], column[:, None, :]]
+    maps = bank.index_select(0, bank_row)  # unlike bank[bank_row], -1 is no row
+    sample = torch.arange(len(bank_row), device=bank.device)[:, None, None]
+    return maps[sample, row[:, :, None], column[:, None, :]]
 
 
 def _stored_cell(start: Tensor, length: Tensor, cells: int) -> Tensor:

@@ -33,7 +33,7 @@ class Convert:
     """folder:DIR, tar:FILE//PREFIX, cifar:DIR[//test], tinyimagenet:DIR[//val]."""
     out: tyro.conf.Positional[Path]
     """The .beton file to write; a manifest OUT.beton.jsonl is written beside it."""
-    options: tyro.conf.OmitArgPrefixes[ConvertOptions] = field(default_factory=ConvertOptions)
+    storing: tyro.conf.OmitArgPrefixes[ConvertOptions] = field(default_factory=ConvertOptions)
     """How images are stored."""
     quiet: bool = False
     """No progress."""
@@ -63,7 +63,7 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
-    options: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
+    scoring: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
     """What to score."""
     quiet: bool = False
     """No progress."""
@@ -87,7 +87,7 @@ class Preview:
     """A .beton file."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("preview.png")
     """The picture to write."""
-    options: tyro.conf.OmitArgPrefixes[PreviewOptions] = field(default_factory=PreviewOptions)
+    drawing: tyro.conf.OmitArgPrefixes[PreviewOptions] = field(default_factory=PreviewOptions)
     """What to draw."""
 
 
@@ -111,7 +111,7 @@ def _convert(arguments: Sequence[str]) -> int:
     from backmix.pipeline.convert import convert
 
     with _Bar("converting", asked.quiet) as bar:
-        summary = convert(asked.source, asked.out, asked.options, progress=bar)
+        summary = convert(asked.source, asked.out, asked.storing, progress=bar)
     print(summary)
     return DONE
 
@@ -177,7 +177,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from backmix.train.evaluate import evaluate, table
     from backmix.train.log import Progress
 
-    print(table(evaluate(asked.run, asked.options, say=Progress(asked.quiet).show)))
+    print(table(evaluate(asked.run, asked.scoring, say=Progress(asked.quiet).show)))
     return DONE
 
 
@@ -196,7 +196,7 @@ def _preview(arguments: Sequence[str]) -> int:
     asked = _ask(Preview, "preview", arguments)
     from backmix.train.preview import write_preview
 
-    print(write_preview(asked.data, asked.out, asked.options))
+    print(write_preview(asked.data, asked.out, asked.drawing))
     print(f"wrote {asked.out}")
     return DONE
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from backmix.kernels import mix_background as module
-from backmix.kernels.mix_background import box_fractions, mask_views, mix_background
+from backmix.kernels.mix_background import box_fractions, mask_views, mix_background, view_heat
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 WHOLE = (0, 0, 65536, 65536)
@@ -271,6 +271,13 @@ F, P = 77.0, 5.0
 def test_the_worked_example(changes: dict[str, Any], rows: list[list[float]]) -> None:
     out = worked().mixed(**changes)
     assert out[0].tolist() == [rows, rows, rows]
+
+
+def test_the_bank_is_read_through_the_box() -> None:
+    bank = torch.arange(16.0).view(1, 4, 4)
+    box = box_fractions(ints([(2, 0, 4, 8)]), ints([(8, 8)]))
+    heat = view_heat(bank, torch.tensor([0]), box)
+    assert heat[0].tolist() == [[4, 5, 6, 7], [4, 5, 6, 7], [8, 9, 10, 11], [8, 9, 10, 11]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Every shell command of docs/ runs as it is printed, on small stand-ins for its data."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from backmix.train.cli import run
+from tests.images import class_folders
+from tests.pipeline.test_sources import cifar10, tiny
+from tests.road.test_tour import SHORT, cifar10_binary
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```sh\n" in page.read_text()]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the pages name."""
+    folder = tmp_path_factory.mktemp("stage")
+    for name in ("photos", "scenes", "ILSVRC/train", "ILSVRC/val"):
+        class_folders(folder / name)
+    cifar10(folder / "both")
+    (folder / "both" / "py").rename(folder / "cifar-10-batches-py")
+    tiny(folder / "tiny-imagenet-200")
+    cifar10_binary(folder / "cifar")
+    for out, source in (("train", "cifar:cifar"), ("test", "cifar:cifar//test")):
+        path = source.replace("cifar:", f"cifar:{folder}/")
+        assert run(["convert", path, str(folder / f"{out}.beton"), "--quiet"]) == 0
+    assert run(["convert", f"folder:{folder}/scenes", str(folder / "textures.beton")]) == 0
+    train = ["train", "cifar10-backmix", "--data", str(folder / "train.beton"), *SHORT]
+    assert run([*train, "--out", str(folder / "runs" / "backmix")]) == 0
+    return folder
+
+
+@pytest.mark.slow  # trains and evaluates a small network
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(
+    page: Path, stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(stage, here, symlinks=True)
+    monkeypatch.chdir(here)
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+        names = re.findall(r"^backmix convert \S+ (\S+)", block, re.M)
+        for name in names:  # stand-ins that the page makes itself
+            Path(name).unlink(missing_ok=True)
+        if "backmix train" in block:
+            shutil.rmtree("runs")
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["backmix"]:
+                assert run([*words[1:], *(SHORT if words[1] == "train" else [])]) == 0, line
+            elif words:
+                subprocess.run(line, shell=True, check=True)
