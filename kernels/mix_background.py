@@ -151,6 +151,13 @@ class _Frame:
         xf = _reflected(x + self.sx, self.width) if self.reflect else x + self.sx
         return torch.where(self.flip, self.width - 1 - xf, xf)
 
+    def outside(self) -> Tensor:
+        """Return which output pixels show nothing of the view, bool [n, H, W]."""
+        yv = self.rows(torch.arange(self.height, device=self.sy.device))
+        xv = self.columns(torch.arange(self.width, device=self.sx.device))
+        no_row, no_column = (yv < 0) | (yv >= self.height), (xv < 0) | (xv >= self.width)
+        return no_row[:, :, None] | no_column[:, None, :]
+
     def pixel(self, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """Return the number of pixel (y, x) of an image in a stack of images.
 
@@ -194,20 +201,44 @@ def mix_background_meaning(
 
     The other arguments are those of `mix_background`.
     """
-    n, (height, width), device = len(target), pool.shape[1:3], pool.device
-    sample = torch.arange(n, device=device)[:, None]
-    none = torch.zeros_like(sample)
-    sy, sx = (none, none) if shift is None else shift.long()[:, :, None].unbind(1)
+    n, (height, width) = len(target), pool.shape[1:3]
+    sy, sx = torch.zeros_like(target)[:, None], torch.zeros_like(target)[:, None]
+    if shift is not None:
+        sy, sx = shift.long()[:, :, None].unbind(1)
     frame = _Frame(height, width, flip[:, None], sy, sx, reflect=isinstance(pad, str))
 
+    source, place, hot = _shown(frame, target, donor, patch, masked, keep=isinstance(fill, str))
+    # One gather, one normalisation; then the colours that are no pixel of the pool.
+    pixels = pool.view(-1, 3).index_select(0, source)
+    del source  # the largest tensor but the result
+    mixed = _values(pixels.view(n * height, width * 3), dtype, mean, std).view(-1, 3)
+    if not isinstance(fill, str):
+        _paint(mixed, hot, _values(fill, dtype, mean, std), place)
+    if shift is not None and not isinstance(pad, str):
+        _paint(mixed, frame.outside(), _values(pad, dtype, mean, std))
+    mixed = mixed.view(n, height, width, 3).to(dtype)
+    return mixed if dtype == torch.uint8 else mixed.permute(0, 3, 1, 2)
+
+
+def _shown(
+    frame: _Frame, target: Tensor, donor: Tensor, patch: Tensor, masked: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which pixel of the pool each output pixel shows, and where the fill goes.
+
+    Returns:
+        source: pixel of the pool, clamped into the image, int64 [n * H * W].
+        place: output pixels around the patches, int64 [n, a, b].
+        hot: which of those are masked pixels of the patch, bool [n, a, b].
+    """
+    device, height, width = target.device, frame.height, frame.width
     # The target everywhere: (y, x) of the output shows (yv, xv) of the view.
     yv = frame.rows(torch.arange(height, device=device))
     xv = frame.columns(torch.arange(width, device=device))
-    source = frame.pixel(target[:, None], yv, xv)
+    source = frame.pixel(target[:, None], yv, xv).view(-1)
 
     # The donor inside the window, which starts at (ty, tx) in the view and at (dy, dx) in its own.
     y, x = _window(frame, patch)
-    place = frame.pixel(sample, y, x)
+    place = frame.pixel(torch.arange(len(target), device=device)[:, None], y, x)
     ty, tx, dy, dx, patch_height, patch_width = patch.long()[:, :, None].unbind(1)
     down, right = frame.rows(y) - ty, frame.columns(x) - tx
     in_row, in_column = (down >= 0) & (down < patch_height), (right >= 0) & (right < patch_width)
@@ -217,25 +248,12 @@ def mix_background_meaning(
     cell_row, cell_column = yd * cell_rows // height, xd * cell_columns // width
     cell = (cell_row * cell_columns)[:, :, None] + cell_column[:, None, :]
     hot = inside & masked.flatten(1).gather(1, cell.flatten(1)).view_as(cell)
-    pasted = inside & ~hot if isinstance(fill, str) else inside
-    place_line, source_line = place.view(-1), source.view(-1)
-    kept = source_line.index_select(0, place_line).view_as(place)
-    shown = torch.where(pasted, frame.pixel(donor[:, None], yd, xd), kept)
-    source_line.index_copy_(0, place_line, shown.view(-1))
 
-    # One gather, one normalisation; then the colours that are no pixel of the pool.
-    pixels = pool.view(-1, 3).index_select(0, source_line)
-    mixed = _values(pixels.view(n * height, width * 3), dtype, mean, std)
-    if not isinstance(fill, str):
-        _paint(mixed.view(-1, 3), place, hot, _values(fill, dtype, mean, std))
-    if shift is not None and not isinstance(pad, str):
-        no_row = ((yv < 0) | (yv >= height))[:, :, None]
-        no_column = ((xv < 0) | (xv >= width)).repeat_interleave(3, 1)[:, None, :]
-        pad_line = _values(pad, dtype, mean, std).repeat(1, width)
-        lines = mixed.view(n, height, width * 3)
-        torch.where(no_row | no_column, pad_line, lines, out=lines)
-    mixed = mixed.view(n, height, width, 3).to(dtype)
-    return mixed if dtype == torch.uint8 else mixed.permute(0, 3, 1, 2)
+    before = source.index_select(0, place.view(-1)).view_as(place)
+    pasted = inside & ~hot if keep else inside
+    after = torch.where(pasted, frame.pixel(donor[:, None], yd, xd), before)
+    source.index_copy_(0, place.view(-1), after.view(-1))
+    return source, place, hot
 
 
 def _window(frame: _Frame, patch: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,22 +274,23 @@ def _window(frame: _Frame, patch: Tensor) -> tuple[Tensor, Tensor]:
     return y.clamp(0, frame.height - 1), x.clamp(0, frame.width - 1)
 
 
-def _paint(pixels: Tensor, place: Tensor, chosen: Tensor, colour: Tensor) -> None:
+def _paint(pixels: Tensor, chosen: Tensor, colour: Tensor, place: Tensor | None = None) -> None:
     """Write each sample's colour into the chosen places; a place may come twice.
 
     Args:
         pixels: [N, 3].
-        place: int64 [n, a, b], positions in `pixels`.
         chosen: bool [n, a, b].
         colour: [n or 1, 3], of the dtype of `pixels`.
+        place: int64 [n, a, b], positions in `pixels`; None = all of them, in order.
     """
-    n, a, b = place.shape
-    place = place.view(-1)
-    if _reading_is_free(place):
+    n, a, b = chosen.shape
+    if _reading_is_free(chosen):
         some = torch.from_numpy(np.flatnonzero(chosen.numpy()))  # much faster than torch's nonzero
         colours = colour.expand(n, 3).index_select(0, some // max(a * b, 1))
-        pixels.index_copy_(0, place.index_select(0, some), colours)
+        pixels.index_copy_(0, some if place is None else place.view(-1)[some], colours)
         return
+    everything = torch.arange(len(pixels), device=pixels.device)
+    place = everything if place is None else place.view(-1)
     before = pixels.index_select(0, place).view(n, a, b, 3)
     after = torch.where(chosen[..., None], colour[:, None, None], before)
     pixels.index_copy_(0, place, after.view(-1, 3))
