@@ -127,7 +127,9 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of a step; only then delete those older than the last `KEEP`."""
     path = checkpoint_path(run, step)
-    path.parent.mkdir(exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir()
+        sync_folder(run)
     save_tensors(path, tensors, meta)
     for old in sorted(path.parent.glob("step-*.safetensors"))[:-KEEP]:
         old.unlink()
@@ -137,9 +139,13 @@ def save_checkpoint(
 def newest_checkpoint(
     run: Path,
 ) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
-    """Return the newest checkpoint that verifies, or None, and what was said of those that do not.
+    """Return the newest checkpoint that verifies, or None, and what is to be said of the others.
 
-    Left-over `.tmp` files are removed: call it only while holding the run's lock.
+    Left-over `.tmp` files are removed, and damaged files set aside under another name, so that they
+    do not count among the kept ones: call it only while holding the run's lock.
+
+    Raises:
+        ValueError: there are checkpoints, and none of them verifies.
     """
     folder = run / "checkpoints"
     said: list[str] = []
@@ -148,9 +154,31 @@ def newest_checkpoint(
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
             return load_tensors(path), said
-        except (ValueError, OSError) as error:
-            said.append(f"{error}; falling back to the one before")
+        except ValueError as error:
+            path.rename(path.with_name(path.name + ".damaged"))
+            said.append(f"{error}; it was set aside, falling back to the one before")
+    if said:
+        raise ValueError(
+            f"no checkpoint of {run} can be read: {said[-1]}. To begin anew, remove {folder}."
+        )
     return None, said
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Return whether a run has anything to continue from."""
+    return any((run / "checkpoints").glob("step-*.safetensors"))
+
+
+def is_locked(run: Path) -> bool:
+    """Return whether a process holds the run folder."""
+    try:
+        with open(run / "run.lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

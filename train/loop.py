@@ -77,8 +77,8 @@ def count(
     scalars: dict[str, Tensor],
 ) -> None:
     """Add a step to the meters and keep the sample numbers of the first void one."""
-    right = (logits.detach().argmax(1) == batch.labels).sum()
-    seen = torch.full((), len(batch), device=norm.device)
+    right = torch.where(void, 0, (logits.detach().argmax(1) == batch.labels).sum())
+    seen = torch.where(void, 0, len(batch))
     loss = torch.where(void, 0.0, per_sample.sum())
     state.interval.add(
         loss=loss,

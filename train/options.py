@@ -170,7 +170,6 @@ MAY_CHANGE = frozenset(
         "data",
         "out",
         "device",
-        "log_every",
         "save_minutes",
         "save_steps",
         "quiet",
@@ -181,9 +180,10 @@ MAY_CHANGE = frozenset(
         "loader.verify",
     }
 )
-"""What the command that continues a run may change: none of it changes the result.
+"""What the command that continues a run may change.
 
-The data may move, but their digest must be the same.
+The data may move, but their digest must be the same. Another device computes other bits; the rest
+changes nothing, as long as the data have no bad images.
 """
 
 

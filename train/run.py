@@ -5,29 +5,45 @@ The host looks at the device only when a row of the log is due.
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import numpy as np
 import torch
 
 from backmix.pipeline.batch import Place
-from backmix.pipeline.beton import open_set
+from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.loader import Loader, open_loader
 from backmix.pipeline.subset import Subset, hold_out, select
 from backmix.train import protocols
-from backmix.train.checkpoint import locked, newest_checkpoint, save_checkpoint, write_atomically
+from backmix.train.check import check
+from backmix.train.checkpoint import (
+    has_checkpoint,
+    locked,
+    newest_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from backmix.train.log import Log, Progress, write_status
 from backmix.train.loop import steps
 from backmix.train.methods.build import build as build_method
 from backmix.train.models.build import build as build_model
 from backmix.train.optim import make_optimizer
 from backmix.train.options import Run
-from backmix.train.run_folder import Config, compare_and_write, resolve
+from backmix.train.run_folder import (
+    Config,
+    OtherRunError,
+    refuse_other_data_or_write,
+    refuse_other_options,
+    resolve,
+)
 from backmix.train.state import State
 
 EXIT_STOPPED = 75
@@ -64,24 +80,51 @@ class StopAsked:
     def __bool__(self) -> bool:
         return bool(self.signal)
 
-    def restore(self) -> None:
-        """Put the former handlers back."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
 
-def prepare_run(run: Run, recipe: str, command: list[str]) -> tuple[Config, State, Loader]:
-    """Open the data and make model, optimizer and method of a run, as its seed makes them."""
-    data = open_set(run.data)
+def prepare_run(
+    run: Run,
+    recipe: str,
+    command: list[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Config, State, Loader]:
+    """Open the data and make model, optimizer and method of a run, as its seed makes them.
+
+    `progress` is called with (done, all) while a resident pool is decoded.
+    """
+    check(run)
     resolved = resolve(run)
     device = torch.device(resolved.device)
     torch.set_num_threads(resolved.threads)
-    known = known_classes(run, data.classes)
-    subset = training_subset(run, data.labels, known)
-    config = Config.of(run, recipe, command, resolved, data, known, len(subset))
+    with open_set(run.data) as data:
+        known = known_classes(run, data.classes)
+        subset = training_subset(run, data.labels, known)
+        config = Config.of(run, recipe, command, resolved, data, known, len(subset))
+        state = fresh_state(run, data, subset, len(known), device)
+    loader = open_loader(
+        run.data,
+        run.loader,
+        split="train",
+        subset=subset,
+        seed=run.seed,
+        device=str(device),
+        progress=progress,
+    )
+    return config, state, loader
 
+
+def fresh_state(
+    run: Run, data: BetonSet, subset: Subset, classes: int, device: torch.device
+) -> State:
+    """Make model, optimizer and method as the run's seed makes them."""
     torch.manual_seed(run.seed)
-    model = build_model(run.model, len(known), run.loader.size)
+    model = build_model(run.model, classes, run.loader.size)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = make_optimizer(
@@ -98,23 +141,20 @@ def prepare_run(run: Run, recipe: str, command: list[str]) -> tuple[Config, Stat
     state.void_steps = state.void_steps.to(device)
     state.void_samples = state.void_samples.to(device)
     state.keep_buffers()
-    loader = open_loader(
-        run.data, run.loader, split="train", subset=subset, seed=run.seed, device=str(device)
-    )
-    return config, state, loader
+    return state
 
 
 def known_classes(run: Run, classes: list[str]) -> list[int]:
     """Return the stored class numbers of the known classes, in label order."""
     split = run.split
     if split.protocol:
-        known = protocols.split(split.protocol, split.family, split.list).known
-        if max(known) >= len(classes):
+        published = protocols.split(split.protocol, split.family, split.list)
+        if published.classes != len(classes):
             raise ValueError(
-                f"protocol {split.protocol} names class {max(known)}, but the data have only "
-                f"{len(classes)} classes: {', '.join(classes[:10])}"
+                f"protocol {split.protocol} splits {published.classes} classes, but the data have "
+                f"{len(classes)}: {', '.join(classes[:10])}"
             )
-        return list(known)
+        return list(published.known)
     missing = [name for name in split.known if name not in classes]
     if missing:
         raise ValueError(
@@ -129,58 +169,75 @@ def known_classes(run: Run, classes: list[str]) -> list[int]:
 
 def training_subset(run: Run, labels: np.ndarray, known: list[int]) -> Subset:
     """Return the training samples: those of the known classes, less what --val holds out."""
-    subset = select(labels, known)
-    absent = sorted(set(range(len(known))) - set(subset.labels.tolist()))
+    rest, _ = hold_out(select(labels, known), run.val, run.seed)
+    absent = sorted(set(range(len(known))) - set(rest.labels.tolist()))
     if absent:
         raise ValueError(
-            f"known classes without any training image: stored numbers {[known[i] for i in absent]}"
+            f"no training image is left of the known classes {[known[label] for label in absent]} "
+            f"(stored numbers)" + (f", with --val {run.val}" if run.val else "")
         )
-    rest, _ = hold_out(subset, run.val, run.seed)
-    if not len(rest):
-        raise ValueError(f"--val {run.val} leaves no training image")
     return rest
 
 
 def train(run: Run, recipe: str, command: list[str]) -> int:
     """Run, or continue, a training run; returns the exit code."""
+    check(run)
+    made = not run.out.exists()
     run.out.mkdir(parents=True, exist_ok=True)
-    with locked(run.out):
-        config, state, loader = prepare_run(run, recipe, command)
-        with loader:
-            return _train_locked(run, config, state, loader)
-
-
-def _train_locked(run: Run, config: Config, state: State, loader: Loader) -> int:
     progress = Progress(run.quiet)
-    compare_and_write(run, config)
-    found, said = newest_checkpoint(run.out)
-    for line in said:
-        progress.show(line, final=True)
-    lengths = None
-    if found is not None:
-        tensors, meta = found
-        state.load(tensors, meta)
-        lengths = meta["log"]
-        progress.show(f"continuing {run.out} at step {state.step}", final=True)
-    log = Log(run.out, lengths)
-    stop = StopAsked()
-    write_status(run.out, "running", state.step)
-    log.time(
-        {"event": "resume" if found else "start", "step": state.step, "host": os.uname().nodename}
-    )
-    try:
-        code = _go(run, config, state, loader, log, progress, stop)
-    except KeyboardInterrupt:
-        write_status(run.out, "stopped", state.step, "interrupted twice: the last checkpoint holds")
-        return EXIT_STOPPED if (run.out / "checkpoints").exists() else EXIT_INTERRUPTED
-    except (ValueError, OSError) as error:
-        with contextlib.suppress(OSError):
-            write_status(run.out, "failed", state.step, str(error))
-        raise
-    finally:
-        stop.restore()
-        log.close()
-    return code
+    with StopAsked() as stop, locked(run.out):
+        try:
+            return _train_locked(run, recipe, command, progress, stop)
+        except KeyboardInterrupt:
+            write_status(run.out, "stopped", 0, "interrupted twice")
+            return EXIT_STOPPED if has_checkpoint(run.out) else EXIT_INTERRUPTED
+        except OtherRunError:
+            raise
+        except Exception as error:
+            if (run.out / "config.json").exists():
+                with contextlib.suppress(OSError):
+                    write_status(run.out, "failed", 0, str(error) or repr(error))
+            elif made:
+                shutil.rmtree(run.out, ignore_errors=True)
+            if _is_out_of_memory(error):
+                raise ValueError(
+                    f"there is not enough memory ({error}): try a smaller --loader.batch or "
+                    "--loader.size"
+                ) from error
+            raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _train_locked(
+    run: Run, recipe: str, command: list[str], progress: Progress, stop: StopAsked
+) -> int:
+    def decoding(done: int, total: int) -> None:
+        progress.show(f"decoding: {done:,} of {total:,}")
+
+    refuse_other_options(run)
+    config, state, loader = prepare_run(run, recipe, command, decoding)
+    with loader:
+        refuse_other_data_or_write(run, config)
+        found, said = newest_checkpoint(run.out)
+        for line in said:
+            progress.show(line, final=True)
+        lengths = None
+        if found is not None:
+            tensors, meta = found
+            state.load(tensors, meta)
+            lengths = meta["log"]
+            progress.show(f"continuing {run.out} at step {state.step}", final=True)
+        log = Log(run.out, lengths)
+        try:
+            write_status(run.out, "running", state.step)
+            event = "resume" if found else "start"
+            log.time({"event": event, "step": state.step, "host": os.uname().nodename})
+            return _go(run, config, state, loader, log, progress, stop)
+        finally:
+            log.close()
 
 
 def _go(
@@ -199,15 +256,14 @@ def _go(
     saves = Saves(run, log)
     clock = Clock(state.step)
     named_bad = 0
+    if stop:  # it came while the data were opened
+        write_status(run.out, "stopped", state.step, signal.Signals(stop.signal).name)
+        return EXIT_STOPPED if has_checkpoint(run.out) else EXIT_INTERRUPTED
     for step in steps(state, loader, run, autocast):
         if step.end_of_epoch:
             row = state.epoch.take()
-            log.epoch(
-                state.place.epoch + 1,
-                state.step,
-                row["loss"] / row["seen"],
-                row["right"] / row["seen"],
-            )
+            seen = max(row["seen"], 1)
+            log.epoch(state.place.epoch + 1, state.step, row["loss"] / seen, row["right"] / seen)
         if state.step % run.log_every == 0 or step.end_of_epoch:
             write_row(state, log, run)
             rate = clock.rate(state.step, run.loader.batch)
@@ -233,11 +289,12 @@ def _go(
 
 
 def write_row(state: State, log: Log, run: Run) -> None:
-    """Append a row of the meters to log.jsonl; end the run where too many steps were void."""
+    """Append a row of the meters to log.jsonl; end the run where too many steps were void.
+
+    Void steps count in `bad_steps` alone: the other figures are of the steps that were taken.
+    """
     void, samples = int(state.void_steps), state.void_samples.tolist()
     sums = state.interval.take()
-    if not sums:
-        return
     seen, taken = sums.pop("seen"), sums.pop("steps")
     good = max(taken - void, 1)
     row = {
@@ -245,8 +302,8 @@ def write_row(state: State, log: Log, run: Run) -> None:
         "epoch": state.place.epoch,
         "consumed": state.place.consumed,
         "samples": int(seen),
-        "loss": sums.pop("loss") / seen,
-        "accuracy": sums.pop("right") / seen,
+        "loss": sums.pop("loss") / max(seen, 1),
+        "accuracy": sums.pop("right") / max(seen, 1),
         "lr": float(state.optimizer.param_groups[0]["lr"]),
         "grad_norm": sums.pop("grad_norm") / good,
         "bad_steps": void,

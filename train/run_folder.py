@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backmix.pipeline.beton import BetonSet
-from backmix.train.checkpoint import write_atomically
+from backmix.train.checkpoint import has_checkpoint, write_atomically
 from backmix.train.options import MAY_CHANGE, Run
 
 
@@ -112,7 +113,7 @@ class Config:
                 "backmix": _version(),
             },
             commit=_commit(),
-            command=" ".join(command),
+            command=shlex.join(command),
         )
 
 
@@ -130,45 +131,75 @@ def as_document(run: Run) -> dict[str, Any]:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Return config.json of a run folder; ValueError where there is none."""
+    """Return config.json of a run folder; ValueError where there is none, or it is no run's."""
+    path = run / "config.json"
     try:
-        return json.loads((run / "config.json").read_text())
+        document = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{run} is no run folder: it has no config.json") from None
     except ValueError as error:
-        raise ValueError(f"{run}/config.json cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    kinds = {"run": dict, "data": dict, "resolved": dict, "classes": list, "known": list}
+    wrong = [
+        name
+        for name, kind in kinds.items()
+        if not isinstance(document, dict) or not isinstance(document.get(name), kind)
+    ]
+    if wrong or not {"digest", "files"} <= set(document["data"]):
+        raise ValueError(f"{path} is no configuration of a run: {', '.join(wrong or ['data'])}")
+    return document
 
 
 def _before(out: Path) -> dict[str, Any] | None:
-    return read_config(out)["resolved"] if (out / "config.json").exists() else None
+    return read_config(out)["resolved"] if has_checkpoint(out) else None
 
 
-def compare_and_write(run: Run, config: Config) -> None:
-    """Write config.json of a fresh run; refuse to continue a run of another configuration.
+class OtherRunError(ValueError):
+    """The folder holds another run than the one asked for; it is left alone."""
+
+
+def refuse_other_options(run: Run) -> None:
+    """Refuse to continue a run that began with other options.
+
+    A run without any checkpoint has nothing to lose: it begins anew with the new options.
 
     Raises:
-        ValueError: naming every option that differs, or the data.
+        OtherRunError: naming every option that differs.
     """
-    path = run.out / "config.json"
-    if path.exists():
-        before = read_config(run.out)
+    if has_checkpoint(run.out):
         changed = [
             f"{name} was {old}, is {new}"
-            for name, old, new in _differences(before["run"], config.run)
+            for name, old, new in _differences(read_config(run.out)["run"], as_document(run))
             if name not in MAY_CHANGE
         ]
-        if before["data"]["digest"] != config.data["digest"]:
-            changed.append("the data are not the same (their digest differs)")
-        if before["classes"] != config.classes:
-            changed.append("the list of known classes differs")
-        if changed:
-            raise ValueError(
-                f"{run.out} holds a run of another configuration: {'; '.join(changed)}. "
-                "Choose another --out, or give the options that it began with."
-            )
+        _refuse(run, changed)
+
+
+def refuse_other_data_or_write(run: Run, config: Config) -> None:
+    """Write config.json of a fresh run; refuse to continue a run on other data.
+
+    Raises:
+        OtherRunError: saying what differs.
+    """
+    if not has_checkpoint(run.out):
+        text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
+        write_atomically(run.out / "config.json", text.encode())
         return
-    document = {**asdict(config)}
-    write_atomically(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    before = read_config(run.out)
+    changed = []
+    if before["data"]["digest"] != config.data["digest"]:
+        changed.append("the data are not the same (their digest differs)")
+    if before["classes"] != config.classes:
+        changed.append("the list of known classes differs")
+    _refuse(run, changed)
+
+
+def _refuse(run: Run, changed: list[str]) -> None:
+    if changed:
+        raise OtherRunError(
+            f"{run.out} holds a run of another configuration: {'; '.join(changed)}. "
+            "Choose another --out, or give the options that it began with."
+        )
 
 
 def _differences(
@@ -187,15 +218,16 @@ def _differences(
 
 def _commit() -> str:
     """Return the commit of the source tree that this runs from, with + where it was changed."""
-    here = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True
         )
-    except (OSError, subprocess.TimeoutExpired):
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # not a copy inside somebody else's tree
+        return git("describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return found.stdout.strip() if found.returncode == 0 and found.stdout.strip() else "unknown"

@@ -29,7 +29,7 @@ class Meters:
             self.sums[name] += value
 
     def take(self) -> dict[str, float]:
-        """Return all sums and start anew: the one place where the host waits for the device."""
+        """Return all sums and start anew; the host waits for the device."""
         if not self.sums:
             return {}
         fetched = torch.stack(list(self.sums.values())).tolist()

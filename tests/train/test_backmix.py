@@ -6,15 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from backmix.kernels.mix_background import box_fractions, mix_background
+from backmix.kernels.update_cam_bank import update_cam_bank
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import open_set
-from backmix.pipeline.loader import open_loader
-from backmix.pipeline.subset import Subset, select
 from backmix.train.methods.backmix import BackMixMethod, _area_average, _cell_shares
+from backmix.train.methods.views import full_boxes, unmixed
 from backmix.train.models.build import Model
-from backmix.train.options import BackMix, Run, Split
+from backmix.train.options import BackMix, Optim, Run, Split
 from backmix.train.run import prepare_run
 from tests.runs import SIDE, tiny_run, tiny_set
 
@@ -237,15 +239,107 @@ def test_a_held_out_image_has_no_row_in_the_bank(data: Path) -> None:
     assert len(method.bank) == 32 and int((method.row_of < 0).sum()) == 8
 
 
-def test_crops_are_read_in_the_frame_of_the_stored_image(data: Path) -> None:
-    """A donor's mask follows its own crop: the bank's cell under each cell of the view."""
-    with open_set(data) as stored:
-        subset = select(stored.labels, range(4))
-    assert isinstance(subset, Subset)
+def cropped(data: Path, **options: object) -> Run:
+    """A run whose views are crops of a tenth to a half of the image, all different."""
+    run = run_of(data, **options)
+    return replace(run, loader=replace(run.loader, crop="random", scale=(0.1, 0.5)))
+
+
+def test_a_donors_mask_is_read_through_the_donors_own_crop(data: Path) -> None:
+    method, batch, _ = method_and_batch(cropped(data))
+    method.bank.copy_(torch.rand(method.bank.shape, generator=torch.Generator().manual_seed(0)))
+    images, drawn = method.prepare(batch), method.drawn
+    assert drawn is not None and drawn.shift is not None
+
+    def mixed(box: torch.Tensor) -> torch.Tensor:
+        return mix_background(
+            batch.pool,
+            torch.arange(16),
+            drawn.donor,
+            bank=method.bank,
+            bank_row=batch.index[drawn.donor],  # all samples are known: row = sample
+            box=box,
+            patch=drawn.patch,
+            flip=drawn.flip,
+            shift=drawn.shift,
+            tie=drawn.tie,
+            mask_cells=4,
+            mean=(0, 0, 0),
+            std=(255, 255, 255),
+            fill=(127.5, 127.5, 127.5),
+        )
+
+    boxes = box_fractions(batch.boxes, batch.sizes)
+    assert torch.equal(images, mixed(boxes[drawn.donor]))
+    assert not torch.equal(images, mixed(boxes))
+    assert not torch.equal(images, mixed(full_boxes(16, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("source", ["raw", "mix"])
+def test_maps_enter_the_bank_where_the_network_saw_the_image(data: Path, source: str) -> None:
+    """Through the crop, and for maps of the mix through flip, shift and patch as well."""
+    method, batch, model = method_and_batch(cropped(data, cam_source=source, rate=0.5))
+    out = method.loss(method.prepare(batch), batch, model)
+    features, drawn = out.features.detach(), method.drawn
+    assert drawn is not None
+    if source == "raw":
+        model.eval()
+        with torch.no_grad():
+            _, features = model(unmixed(batch, method.augment, None))
+        model.train()
+    expected = method.bank.clone()
+    update_cam_bank(
+        expected,
+        features,
+        model.head.weight.detach(),
+        batch.labels,
+        batch.index,
+        box=box_fractions(batch.boxes, batch.sizes),
+        flip=drawn.flip if source == "mix" else None,
+        shift=drawn.shift if source == "mix" else None,
+        patch=drawn.patch if source == "mix" else None,
+        size=(SIDE, SIDE),
+        rate=0.5,
+    )
+    method.after_backward(batch, out, model, torch.ones(()))
+    assert torch.equal(method.bank, expected)
+
+
+def test_a_replaced_image_writes_no_map(data: Path) -> None:
+    """It may be in the batch itself, and a row has one writer."""
+    method, batch, model = method_and_batch(run_of(data, cam_source="mix", rate=1.0))
+    status = torch.zeros(16, dtype=torch.uint8)
+    status[3] = 2
+    batch = replace(batch, status=status)
+    out = method.loss(method.prepare(batch), batch, model)
+    method.after_backward(batch, out, model, torch.ones(()))
+    row = method.bank[batch.index]
+    assert (row[3] == 0.5).all() and (row[4] != 0.5).any()
+
+
+def test_the_raw_views_count_with_their_weight_and_give_the_maps(data: Path) -> None:
+    run = replace(
+        run_of(data, cam_source="raw+loss", raw_weight=0.25),
+        model="classifier32-quarter",  # no dropout: the same views give the same logits
+        optim=Optim(label_smoothing=0.2),
+    )
+    method, batch, model = method_and_batch(run)
+    images = method.prepare(batch)
+    out = method.loss(images, batch, model)
+    logits, features = model(torch.cat([images, unmixed(batch, method.augment, None)]))
+    loss = [F.cross_entropy(half, batch.labels, label_smoothing=0.2) for half in logits.split(16)]
+    assert out.loss.item() == pytest.approx((loss[0] + 0.25 * loss[1]).item(), rel=1e-5)
+    assert torch.allclose(out.features, features[16:], atol=1e-5)
+
+
+def test_shifts_bring_in_the_border_that_was_asked_for(data: Path) -> None:
     run = run_of(data)
-    run = replace(run, loader=replace(run.loader, crop="random", scale=(0.1, 0.3)))
-    method, _, _ = method_and_batch(run)
-    with open_loader(run.data, run.loader, subset=subset, seed=0) as loader:
-        batch = next(iter(loader.batches(Place(0))))
-    method.prepare(batch)
-    assert len(batch.boxes.unique(dim=0)) > 1
+    mean = (100.0, 110.0, 120.0)
+    for border, outside in (("mean", 0.0), ("black", -100 / 50)):
+        augment = replace(run.augment, border=border, mean=mean, std=(50.0, 50.0, 50.0))
+        method, batch, _ = method_and_batch(replace(run, augment=augment))
+        images = method.prepare(batch)
+        assert method.drawn is not None and method.drawn.shift is not None
+        down = method.drawn.shift[:, 0] < 0  # the first output row lies above the image
+        assert down.any()
+        assert torch.allclose(images[down][:, 0, 0], torch.tensor(outside))

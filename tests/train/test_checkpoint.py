@@ -99,6 +99,10 @@ def test_only_the_last_checkpoints_are_kept_and_a_damaged_one_is_passed_over(
     assert found is not None and found[1]["step"] == 15
     assert len(said) == 1 and str(newest) in said[0]
     assert not torn.exists()
+    # The damaged one is set aside: it must not crowd out good ones of earlier steps.
+    save_checkpoint(tmp_path, 16, {"w": torch.tensor(16)}, {"step": 16})
+    found, said = newest_checkpoint(tmp_path)
+    assert found is not None and found[1]["step"] == 16 and not said
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_how_much_was_missing(tmp_path: Path) -> None:
@@ -126,7 +130,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_how_much_was_missing(tmp_path:
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failure_at_any_call_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -136,15 +140,19 @@ def test_a_failure_at_any_call_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    if call == "write":
-        monkeypatch.setattr("backmix.train.checkpoint._CHUNK", 0)  # range() refuses a step of 0
-        with pytest.raises(ValueError):
-            write_atomically(path, b"new")
-    else:
-        monkeypatch.setattr(os, call, fail)
-        with pytest.raises(OSError, match="No space left"):
-            write_atomically(path, b"new")
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert [left.name for left in tmp_path.iterdir()] == ["a"]
+
+
+def test_when_every_checkpoint_is_damaged_nothing_begins_anew_silently(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"w": torch.tensor(step)}, {})
+        checkpoint_path(tmp_path, step).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="no checkpoint of"):
+        newest_checkpoint(tmp_path)
 
 
 def test_a_run_folder_has_one_owner(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backmix.pipeline.batch import Place
 from backmix.pipeline.order import order
 from backmix.train import loop
-from backmix.train.checkpoint import checkpoint_path, load_tensors
-from backmix.train.log import read_status
+from backmix.train import run as run_module
+from backmix.train.checkpoint import checkpoint_path, load_tensors, locked
+from backmix.train.log import GrowingFile, read_status, write_status
 from backmix.train.loop import steps
 from backmix.train.methods.softmax import SoftmaxMethod
-from backmix.train.options import BackMix, Run, Softmax, Split
+from backmix.train.options import Augment, BackMix, Optim, Run, Softmax, Split
 from backmix.train.run import prepare_run, train
 from tests.runs import tiny_run, tiny_set
 
@@ -159,6 +164,138 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(
     assert fingerprint(run.out) == before and read_status(run.out)["state"] == "finished"
 
 
+def test_a_run_without_a_checkpoint_takes_other_options(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax())
+    run.out.mkdir()
+    wrong = replace(run, split=Split(known=("zebra",)))
+    with pytest.raises(ValueError, match="zebra"):
+        start(wrong)
+    (run.out / "config.json").write_text("{}")
+    assert start(run) == 0
+
+
+def test_a_folder_that_a_failed_start_made_is_removed(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"missing\.beton"):
+        start(tiny_run(tmp_path / "missing.beton", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_continued_run_that_fails_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler that asks for the status must not start it for ever."""
+    copy = tmp_path / "copy.beton"
+    copy.write_bytes(data.read_bytes())
+    run = tiny_run(copy, tmp_path / "run", Softmax())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert start(run) == 75
+    copy.unlink()
+    with pytest.raises(OSError, match=r"copy\.beton"):
+        start(run)
+    assert read_status(run.out)["state"] == "failed"
+
+
+def test_a_killed_run_does_not_count_as_running(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax())
+    assert start(run) == 0
+    write_status(run.out, "running", 4)
+    assert read_status(run.out)["state"] == "stopped"
+    with locked(run.out):
+        assert read_status(run.out)["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"state": "odd", "step": 1, "why": ""}', '{"state": "running"}', "x"]
+)
+def test_a_damaged_status_is_said_to_be(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(ValueError, match=r"status\.json"):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"run": 1}', '{"run": {}, "data": {}}', "x"])
+def test_a_damaged_configuration_is_said_to_be(data: Path, tmp_path: Path, text: str) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax())
+    assert start(run) == 0
+    (run.out / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        start(run)
+
+
+def test_a_signal_before_the_first_step_stops_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax())
+    real = run_module.prepare_run
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "prepare_run", interrupted)
+        assert start(run) == 130  # there is nothing to continue
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert start(run) == 75
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "prepare_run", interrupted)
+        assert start(run) == 75
+    assert start(run) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epochs": 0}, "--epochs"),
+        ({"log_every": 0}, "--log-every"),
+        ({"threads": -1}, "--threads"),
+        ({"val": 1.5}, "--val"),
+        ({"save_minutes": math.nan}, "--save-minutes"),
+        ({"seed": -1}, "--seed"),
+        ({"optim": Optim(lr=math.nan)}, "--optim.lr"),
+        ({"optim": Optim(label_smoothing=2.0)}, "--optim.label-smoothing"),
+        ({"optim": Optim(warmup=2.0)}, "--optim.warmup"),
+        ({"optim": Optim(milestones=(math.nan,))}, "--optim.milestones"),
+        ({"augment": Augment(pad=40)}, "--augment.pad"),
+        ({"augment": Augment(std=(0.0, 1.0, 1.0))}, "--augment.std"),
+        ({"split": Split(protocol="cifar10", known=("a",))}, "--split.known"),
+        ({"split": Split(protocol="cifar10")}, "splits 10 classes"),
+        ({"val": 0.95}, "no training image is left"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_before_anything_is_written(
+    data: Path, tmp_path: Path, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        start(replace(tiny_run(data, tmp_path / "run"), **options))  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_on_a_full_disk_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows wait until there is room; a row written in part is cut off."""
+    real, room = os.pwrite, [6]
+
+    def little(descriptor: int, data: bytes, offset: int) -> int:
+        return real(descriptor, data[: room[0]], offset)
+
+    monkeypatch.setattr(os, "pwrite", little)
+    file = GrowingFile(tmp_path / "log", None)
+    file.append("one\n")
+    file.append("second\n")
+    assert (tmp_path / "log").read_text() == "one\n"
+    with pytest.raises(OSError, match=r"cannot write .*log: No space left"):
+        file.make_durable()
+    assert (tmp_path / "log").read_text() == "one\n"
+    room[0] = 1000
+    assert file.make_durable() == len("one\nsecond\n")
+    assert (tmp_path / "log").read_text() == "one\nsecond\n"
+    file.close()
+
+
 def test_other_data_are_refused(data: Path, tmp_path: Path) -> None:
     run = tiny_run(data, tmp_path / "run")
     assert start(run) == 0
@@ -198,6 +335,73 @@ def test_a_void_step_leaves_everything_as_it_was(data: Path, tmp_path: Path) -> 
         assert torch.isfinite(changed).all() and not torch.equal(
             changed, before["model.head.weight"]
         )
+
+
+def test_void_steps_count_in_no_figure_but_their_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of three steps is void: the row's loss is the mean over the images of the other two."""
+    run = tiny_run(data, tmp_path / "run", Softmax(), epochs=1, log_every=3)
+    real, seen = SoftmaxMethod.loss, []
+
+    def second_is_void(self, images, batch, model):
+        out = real(self, images * (math.nan if len(seen) == 1 else 1), batch, model)
+        seen.append(out.per_sample)
+        return out
+
+    monkeypatch.setattr(SoftmaxMethod, "loss", second_is_void)
+    assert start(run) == 0
+    row = json.loads((run.out / "log.jsonl").read_text())
+    assert row["bad_steps"] == 1 and row["samples"] == 24 and len(row["bad_samples"]) == 16
+    assert row["loss"] == pytest.approx(torch.cat([seen[0], seen[2]]).mean().item(), rel=1e-6)
+
+
+def test_a_state_comes_back_whole(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", BackMix(patch=12, cam_source="mix"))
+    _, state, loader = prepare_run(run, "test", [])
+    with loader:
+        taken = steps(state, loader, run, torch.autocast("cpu", enabled=False))
+        for _ in range(4):
+            next(taken)
+    state.void_rows = 2
+    state.void_steps += 3
+    state.void_samples[:2] = torch.tensor([7, 9])
+    saved = {name: value.clone() for name, value in state.tensors().items()}
+    _, fresh, other = prepare_run(run, "test", [])
+    other.close()
+    fresh.load(saved, state.meta())
+    assert fresh.meta() == state.meta()
+    back = fresh.tensors()
+    assert set(back) == set(saved)
+    for name, value in saved.items():
+        assert torch.equal(back[name], value), name
+    for buffer, safe in zip(fresh.model.buffers(), fresh.safe_buffers, strict=True):
+        assert torch.equal(buffer, safe)
+
+
+def test_a_clipped_step_moves_no_further_than_the_clip(data: Path, tmp_path: Path) -> None:
+    optim = Optim(lr=1.0, momentum=0.0, weight_decay=0.0, clip=1e-3)
+    run = replace(tiny_run(data, tmp_path / "run", Softmax()), optim=optim)
+    _, state, loader = prepare_run(run, "test", [])
+    before = [p.detach().clone() for p in state.model.parameters()]
+    with loader:
+        next(steps(state, loader, run, torch.autocast("cpu", enabled=False)))
+    after = [p.detach() for p in state.model.parameters()]
+    moved = [(p - q).square().sum() for p, q in zip(after, before, strict=True)]
+    assert 0.9e-3 < float(torch.stack(moved).sum().sqrt()) < 1.01e-3
+
+
+def test_labels_are_smoothed(data: Path, tmp_path: Path) -> None:
+    run = replace(tiny_run(data, tmp_path / "run", Softmax()), optim=Optim(label_smoothing=0.3))
+    run = replace(run, model="classifier32-quarter")
+    _, state, loader = prepare_run(run, "test", [])
+    with loader:
+        batch = next(iter(loader.batches(Place(0))))
+    images = state.method.prepare(batch)
+    out = state.method.loss(images, batch, state.model)
+    logits, _ = state.model(images)
+    expected = F.cross_entropy(logits, batch.labels, label_smoothing=0.3)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_run_that_is_only_void_ends_with_the_samples_named(

@@ -26,7 +26,6 @@ def build(run: Run, model: Model, data: BetonSet, subset: Subset, device: torch.
         case Softmax():
             return SoftmaxMethod(run.augment, run.optim.label_smoothing)
         case BackMix() as options:
-            _check(options, run)
             grid = model.grid(run.loader.size)
             truth = None
             if options.masks:
@@ -45,18 +44,3 @@ def build(run: Run, model: Model, data: BetonSet, subset: Subset, device: torch.
                 row_of=torch.from_numpy(row_of).to(device),
                 label_of=label_of,
             )
-
-
-def _check(options: BackMix, run: Run) -> None:
-    """Refuse settings that cannot mean anything, by the names that the user typed."""
-    if not 1 <= options.patch <= run.loader.size:
-        raise ValueError(
-            f"--method.patch must be in 1 .. {run.loader.size} (--loader.size), got {options.patch}"
-        )
-    for name in ("probability", "mask_ratio", "rate"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(
-                f"--method.{name.replace('_', '-')} must be in 0 .. 1, got {getattr(options, name)}"
-            )
-    if options.mask == "oracle" and options.masks is None:
-        raise ValueError("--method.mask oracle needs the folder of true masks: --method.masks DIR")
