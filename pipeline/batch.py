@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 
@@ -13,6 +14,21 @@ class Place:
     epoch: int = 0
     consumed: int = 0
     """Samples of this epoch taken by all ranks together."""
+
+
+@dataclass(frozen=True, eq=False)
+class HostRows:
+    """Sample numbers as the host knows them, for the draws: reading them waits for no device."""
+
+    pool_index: np.ndarray
+    """int64 [P], as in `Batch`."""
+    rows: np.ndarray
+    """int64 [n], as in `Batch`."""
+
+    @property
+    def index(self) -> np.ndarray:
+        """Sample number of each image, int64 [n]."""
+        return self.pool_index[self.rows]
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,8 @@ class Batch:
     0 = from the whole pool (resident)."""
     place: Place
     """Where the loader is after this batch."""
+    host: HostRows
+    """pool_index and rows once more, on the host."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -36,6 +36,17 @@ METHODS = {
 """Recipes are `demo-NAME`; the baseline first."""
 GRID = 4
 """Side of the network's last feature map, and of a mask [cells]."""
+_COMMAND = f"""\
+import ctypes, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})  # PR_SET_PDEATHSIG
+from backmix.train.cli import main
+main()
+"""
+"""Program of a command's process: `backmix`, which gets SIGTERM when the demo dies, even if killed.
+
+It asks for that itself: between fork and exec, in a process with threads, Python code is not safe.
+"""
 
 Say = Callable[[str], None]
 
@@ -155,6 +166,9 @@ def jobs(folder: Path, seed: int) -> list[Job]:
 def run_jobs(waiting: Sequence[Job], workers: int, say: Say) -> None:
     """Run jobs side by side, each of its commands in a process of its own.
 
+    No process outlives this one: on Linux they are stopped with it even where it is killed, except
+    in the instant before their program begins.
+
     Raises:
         ValueError: a command failed. The others are stopped; they write a checkpoint first, so
             nothing is lost.
@@ -191,7 +205,7 @@ def _start(job: Job) -> Job:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
         job.process = subprocess.Popen(
-            [sys.executable, "-m", "backmix", *job.commands[0]],
+            [sys.executable, "-c", _COMMAND, *job.commands[0]],
             stdout=log,
             stderr=subprocess.STDOUT,
             # Threads that wait for each other would spin on a core that another run needs.

@@ -21,12 +21,12 @@ import safetensors.torch
 import torch
 import xxhash
 
-from backmix.pipeline.batch import Batch, Place
+from backmix.pipeline.batch import Batch, HostRows, Place
 from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.decode import cut, decoding_threads
 from backmix.pipeline.draws import centre_boxes, whole_boxes
 from backmix.pipeline.images import decode_rgb
-from backmix.pipeline.loader import open_loader
+from backmix.pipeline.loader import MOST_THREADS, open_loader
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset, select
 from backmix.train import metrics, protocols
@@ -112,8 +112,10 @@ def evaluate(
     """Evaluate a run and write RUN/scores/ and RUN/metrics.json; return the latter's content.
 
     All inputs are opened and checked before the first forward pass. An evaluation takes the place
-    of the one before, sets that are not named again included, and only when all of it has
-    succeeded: whatever fails before leaves the earlier one as it was.
+    of the one before, sets that are not named again included, and only when all its figures are
+    there: whatever fails before leaves the earlier one as it was. Then metrics.json goes first and
+    comes last, so that figures never stand beside scores of another evaluation: whatever fails in
+    between leaves a run that is not evaluated.
 
     Args:
         run: run folder with config.json and model.safetensors.
@@ -129,6 +131,8 @@ def evaluate(
         raise ValueError(f"what shall {run} be judged on? Name its test set: --test FILE.beton")
     if options.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {options.batch}")
+    if not 0 <= options.threads <= MOST_THREADS:
+        raise ValueError(f"--threads must be 0 to {MOST_THREADS}, got {options.threads}")
     device = _device(options.device)
     with locked(run):
         model = load_model(run).to(device)
@@ -138,8 +142,14 @@ def evaluate(
                 _stored(folder, _pass(images, model, trained, options, device, say))
                 for images in sets
             )
-            document = {**_header(trained, known), **judge(known, unknown)}
+            try:
+                document = {**_header(trained, known), **judge(known, unknown)}
+            except ValueError as error:
+                raise ValueError(f"{run}: {error}") from error
             text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+            # Until the figures are there again the run is not evaluated: never old beside new.
+            (run / "metrics.json").unlink(missing_ok=True)
+            sync_folder(run)
         write_atomically(run / "metrics.json", text.encode())
     return document
 
@@ -148,8 +158,11 @@ def judge(known: Outputs, unknown: Sequence[Outputs]) -> dict[str, Any]:
     """Return the figures of one known and several unknown sets, each in [0, 1].
 
     {"known": {"n", "bad", "accuracy"}, "unknown": {SET: {"n", "bad", "scores": {SCORE: {METRIC:
-    figure}}}}}; bad = images that could not be read and are in no figure.
+    figure}}}}}; bad = images that could not be read and are in no figure. ValueError names the set
+    that has logits which are not finite.
     """
+    # Before the accuracy: what is not finite is refused where there is no unknown set, too.
+    of_known = {score: _scored(score, known) for score in SCORES}
     correct = known.logits.argmax(1) == known.labels
     result: dict[str, Any] = {
         KNOWN: {"n": len(known), "bad": len(known.bad), "accuracy": metrics.accuracy(correct)},
@@ -158,7 +171,7 @@ def judge(known: Outputs, unknown: Sequence[Outputs]) -> dict[str, Any]:
     for images in unknown:
         figures = {}
         for score in SCORES:
-            k, u = _scored(score, known), _scored(score, images)
+            k, u = of_known[score], _scored(score, images)
             figures[score.__name__] = {
                 "auroc": metrics.auroc(k, u),
                 "oscr": metrics.oscr(k, correct, u),
@@ -243,6 +256,8 @@ def load_model(run: Path) -> Model:
             f"{run} has no model.safetensors: the run is not finished; the command that started "
             "it continues it"
         )
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: the weights of the run should be there")
     # Drawing weights only to replace them must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = build(trained.model, len(trained.classes), trained.loader.size)
@@ -491,6 +506,7 @@ def _batch_of(images: Sequence[tuple[int, _Read]], device: torch.device) -> Batc
         status=torch.zeros(n, dtype=torch.uint8, device=device),
         group=n,
         place=Place(seed=0),
+        host=HostRows(np.array([number for number, _ in images]), np.arange(n)),
     )
 
 

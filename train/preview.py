@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from backmix.kernels.mix_background import box_fractions, mask_views
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import BetonSet, open_set
-from backmix.pipeline.loader import open_loader
+from backmix.pipeline.loader import LARGEST_VIEW, open_loader
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset
+from backmix.train.check import check
 from backmix.train.checkpoint import load_tensors, write_atomically
 from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.build import build as build_method
@@ -68,9 +69,12 @@ def write_preview(data: Data, out: Path, options: PreviewOptions) -> str:
         options: what to draw.
 
     Raises:
-        ValueError: the data or the run cannot be read, or the run is not one of BackMix.
+        ValueError: the name does not end in .png, an option is out of its range, the data or the
+            run cannot be read, or the run is not one of BackMix.
         OSError: `out` cannot be written.
     """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"-o must name a .png file; {out.name or 'an empty name'} is none")
     examples = (
         run_examples(options.run, data, options) if options.run else random_examples(data, options)
     )
@@ -80,6 +84,7 @@ def write_preview(data: Data, out: Path, options: PreviewOptions) -> str:
 
 def random_examples(data: Data, options: PreviewOptions) -> Examples:
     """Return mixes of whole images with random masks: before training there are no others."""
+    _check_wishes(options)
     with open_set(data) as beton:
         if not beton.n:
             raise ValueError(f"{', '.join(map(str, beton.paths))} holds no images")
@@ -112,10 +117,21 @@ def run_examples(run: Path, data: Data | None, options: PreviewOptions) -> Examp
         options: how many examples, and what differs from the run.
 
     Raises:
-        ValueError: no BackMix run, no checkpoint, or other data than the run's.
+        ValueError: an option is out of its range, no BackMix run, no checkpoint, or other data
+            than the run's.
     """
+    _check_wishes(options)
     config = read_config(run)
-    trained = run_options(config["run"])
+    try:
+        trained = run_options(config["run"])
+        check(trained)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{run}/config.json is no configuration of a run: {error!r}") from error
+    if len(config["classes"]) != len(config["known"]):
+        raise ValueError(
+            f"{run}/config.json is damaged: it has {len(config['classes'])} classes and "
+            f"{len(config['known'])} numbers of known ones"
+        )
     if not isinstance(trained.method, BackMix):
         raise ValueError(f"{run} was not trained with BackMix: it mixes nothing")
     checkpoints = sorted((run / "checkpoints").glob("step-*.safetensors"))
@@ -142,7 +158,10 @@ def run_examples(run: Path, data: Data | None, options: PreviewOptions) -> Examp
         model = build_model(trained.model, len(config["known"]), trained.loader.size)
         method = build_method(shown, model, beton, subset, torch.device("cpu"))
         assert isinstance(method, BackMixMethod)
-        method.load({"bank": tensors["method.bank"]})
+        try:
+            method.load({"bank": tensors["method.bank"]})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{checkpoints[-1]} holds no masks of this run: {error}") from error
         batch = _first_batch(
             beton,
             replace(trained.loader, size=side),
@@ -223,6 +242,16 @@ def grid_picture(examples: Examples, kind: Literal["png", "webp"] = "png") -> by
     return file.getvalue()
 
 
+def _check_wishes(options: PreviewOptions) -> None:
+    """Refuse options outside their ranges, by the names that the user typed."""
+    if options.rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {options.rows}")
+    if not 0 <= options.size <= LARGEST_VIEW:
+        raise ValueError(f"--size must be 0 to {LARGEST_VIEW} pixels, got {options.size}")
+    if not 0 <= options.seed < 1 << 64:
+        raise ValueError(f"--seed must be in 0 .. 2^64 - 1, got {options.seed}")
+
+
 def _patch_within(patch: int, side: int) -> int:
     if not 1 <= patch <= side:
         raise ValueError(f"--patch must be in 1 .. {side} (the view), got {patch}")
@@ -233,9 +262,7 @@ def _first_batch(
     beton: BetonSet, options: LoaderOptions, subset: Subset, place: Place, count: int
 ) -> Batch:
     """Return the first `count` images of an epoch, as their loader would cut them."""
-    if count < 1:
-        raise ValueError(f"--rows must be at least 1, got {count}")
-    few = replace(options, loader="turbo", batch=count, group=0, threads=1, prefetch=1)
+    few = replace(options, loader="turbo", batch=count, group=count, threads=1, prefetch=1)
     with open_loader(beton.paths, few, split="train", subset=subset, seed=place.seed) as loader:
         return next(iter(loader.batches(place)))
 
@@ -299,10 +326,9 @@ def _tiles(examples: Examples, number: int, factor: int) -> list[Image.Image]:
         enlarged = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
         if masked is not None:
             enlarged = _hatched(enlarged, masked)
-        image = Image.fromarray(enlarged)
         if ph * pw:
-            _outline(ImageDraw.Draw(image), y * factor, x * factor, ph * factor, pw * factor)
-        tiles.append(image)
+            _outline(enlarged, y * factor, x * factor, ph * factor, pw * factor)
+        tiles.append(Image.fromarray(enlarged))
     return tiles
 
 
@@ -319,12 +345,16 @@ def _hatched(pixels: np.ndarray, masked: np.ndarray) -> np.ndarray:
     return np.where(inside[..., None], tinted, pixels)
 
 
-def _outline(draw: ImageDraw.ImageDraw, y: int, x: int, height: int, width: int) -> None:
-    """Draw a frame just inside a window: yellow between dark lines, visible on any picture."""
-    for inset, colour in ((0, _INK), (1, _YELLOW), (2, _YELLOW), (3, _INK)):
-        draw.rectangle(
-            (x + inset, y + inset, x + width - 1 - inset, y + height - 1 - inset), outline=colour
-        )
+def _outline(pixels: np.ndarray, y: int, x: int, height: int, width: int) -> None:
+    """Draw a frame just inside a window: yellow between dark lines, visible on any picture.
+
+    A window that is too small for all the lines gets the outer ones.
+    """
+    fitting = (min(height, width) + 1) // 2
+    for inset, colour in enumerate((_INK, _YELLOW, _YELLOW, _INK)[:fitting]):
+        window = pixels[y + inset : y + height - inset, x + inset : x + width - inset]
+        window[[0, -1]] = colour
+        window[:, [0, -1]] = colour
 
 
 def _shortened(text: str, font: Any, width: int) -> str:

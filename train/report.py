@@ -75,6 +75,8 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
             same run twice; or the packages of the extra `report` are not installed.
         OSError: `out` cannot be written.
     """
+    if not out.name:
+        raise ValueError("the page needs a name: -o FILE.html")
     try:
         import jinja2
         import matplotlib  # noqa: F401
@@ -378,13 +380,13 @@ def _pictures(groups: Sequence[Group]) -> list[Picture]:
 def _picture(group: Group) -> Picture:
     """Draw the mixes of a configuration's first run; its data may have gone, the page may not."""
     run = group.runs[0]
+    small = run.config["run"]["loader"]["size"] <= _LARGEST_EXACT
     try:
-        small = run.config["run"]["loader"]["size"] <= _LARGEST_EXACT
         examples = run_examples(run.folder, None, PreviewOptions(rows=8 if small else 4))
+        kind = "png" if small else "webp"
+        encoded = base64.b64encode(grid_picture(examples, kind)).decode()
     except (ValueError, OSError) as error:
         return Picture(group.label, f"There is no picture: {error}", "")
-    kind = "png" if small else "webp"
-    encoded = base64.b64encode(grid_picture(examples, kind)).decode()
     return Picture(
         group.label,
         f"First run ({run.name}). {examples.caption}",

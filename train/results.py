@@ -7,12 +7,13 @@ and data, never between two means. Nothing is drawn here.
 
 import itertools
 import json
-import math
+import reprlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from backmix.train.log import read_status
@@ -164,29 +165,20 @@ def read_judged(folder: Path) -> Judged:
             f"{folder} is not finished: {status['state']} at step {status['step']}{why}; the "
             "command that started it continues it"
         )
-    path = folder / "metrics.json"
-    if not path.exists():
+    if not (folder / "metrics.json").exists():
         raise ValueError(f"{folder} has not been evaluated: run `backmix evaluate {folder}` first")
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        known, *others = (_outputs(folder, name) for name in ("known", *metrics["unknown"]))
-        rows = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        result = Judged(
-            folder=folder,
-            config=config,
-            metrics=metrics,
-            log=tuple(json.loads(row) for row in rows),
-            known=known,
-            unknown=dict(zip(metrics["unknown"], others, strict=True)),
-            began=_time(folder / "config.json"),
-            ended=_time(folder / "status.json"),
-        )
-        _require(result)
-        return result
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds a damaged file: {error!r}") from error
+    _check_config(folder / "config.json", config)
+    metrics = _read_metrics(folder / "metrics.json")
+    return Judged(
+        folder=folder,
+        config=config,
+        metrics=metrics,
+        log=_read_log(folder / "log.jsonl"),
+        known=_outputs(folder, "known"),
+        unknown={name: _outputs(folder, name) for name in metrics["unknown"]},
+        began=_time(folder / "config.json"),
+        ended=_time(folder / "status.json"),
+    )
 
 
 def read_all(folders: Sequence[Path]) -> list[Group]:
@@ -333,18 +325,93 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _require(run: Judged) -> None:
-    """Raise KeyError or TypeError, early and in one place, where a figure is missing."""
-    figures = [run.metrics["known"]["accuracy"], run.metrics["known"]["n"]]
-    for images in run.metrics["unknown"].values():
-        figures.append(images["n"])
-        for score in images["scores"].values():
-            figures += [score[metric] for metric in METRICS]
-    if not all(isinstance(figure, (int, float)) and math.isfinite(figure) for figure in figures):
-        raise TypeError("metrics.json: a figure is not a number")
-    _repetition(run)
-    method_label(run.config["run"]["method"])
-    _ = run.metrics["split"], run.config["data"]["samples"]
+def _check_config(path: Path, config: Any) -> None:
+    """Raise ValueError where config.json lacks what is compared or printed here."""
+    for name in ("seed", "epochs", "split.list", "loader.size"):
+        _part(path, config, int, "run", *name.split("."))
+    kind = _part(path, config, str, "run", "method", "type")
+    if kind == "BackMix":
+        mask = _part(path, config, str, "run", "method", "mask")
+        if mask not in _MASKS:
+            raise ValueError(f"{path} is damaged: there is no run.method.mask {mask!r}")
+    _texts(path, config, "classes")
+    _texts(path, config, "data", "files")
+    if _part(path, config, int, "data", "samples") < 1:
+        raise ValueError(f"{path} is damaged: data.samples must be at least 1")
+    _part(path, config, dict, "versions")
+    for name in ("data.digest", "run.model", "commit", "command"):
+        _part(path, config, str, *name.split("."))
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    """Read metrics.json; ValueError names it and what is wrong with it."""
+    document = _parsed(path, _text(path))
+    if _part(path, document, dict | None, "split") is not None:
+        for name in ("protocol", "family", "list"):
+            _part(path, document, str | int, "split", name)
+    if "notes" in document:
+        _texts(path, document, "notes")
+    _part(path, document, int, "known", "n")
+    figures: list[tuple[str, ...]] = [("known", "accuracy")]
+    for name in _part(path, document, dict, "unknown"):
+        _part(path, document, int, "unknown", name, "n")
+        scores = ("unknown", name, "scores")
+        for score in _part(path, document, dict, *scores):
+            figures += [(*scores, score, metric) for metric in METRICS]
+    for names in figures:
+        if not 0 <= _part(path, document, float | int, *names) <= 1:
+            raise ValueError(f"{path} is damaged: {'.'.join(names)} is not a number in 0 .. 1")
+    return document
+
+
+def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
+    """Read the rows of log.jsonl; ValueError names the file, the line and what is wrong with it."""
+    rows = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        where = f"{path}, line {number},"
+        row = _parsed(where, line)
+        for name in ("epoch", "consumed", "loss", "accuracy"):
+            _part(where, row, float | int, name)
+        for name in {"mask_hit", "bad_steps"} & set(row):
+            _part(where, row, float | int, name)
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is damaged: it has no rows")
+    return tuple(rows)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _parsed(where: Path | str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+
+
+def _part(where: Path | str, document: Any, kind: type | UnionType, *names: str) -> Any:
+    """Return document[name][...]; ValueError where it is missing or of another kind."""
+    part = document
+    for name in names:
+        if not isinstance(part, dict) or name not in part:
+            raise ValueError(f"{where} is damaged: it has no {'.'.join(names)}")
+        part = part[name]
+    if not isinstance(part, kind):
+        raise ValueError(f"{where} is damaged: {'.'.join(names)} is {reprlib.repr(part)}")
+    return part
+
+
+def _texts(where: Path, document: Any, *names: str) -> None:
+    for text in _part(where, document, list, *names):
+        if not isinstance(text, str):
+            raise ValueError(f"{where} is damaged: {'.'.join(names)} holds {reprlib.repr(text)}")
 
 
 def _outputs(folder: Path, name: str) -> Outputs:

@@ -343,3 +343,12 @@ def test_shifts_bring_in_the_border_that_was_asked_for(data: Path) -> None:
         down = method.drawn.shift[:, 0] < 0  # the first output row lies above the image
         assert down.any()
         assert torch.allclose(images[down][:, 0, 0], torch.tensor(outside))
+
+
+@pytest.mark.parametrize("loader", ["turbo", "resident"])
+def test_the_host_knows_the_same_rows_as_the_device(data: Path, loader: str) -> None:
+    run = run_of(data)
+    _, batch, _ = method_and_batch(replace(run, loader=replace(run.loader, loader=loader)))
+    assert np.array_equal(batch.host.pool_index, batch.pool_index)
+    assert np.array_equal(batch.host.rows, batch.rows)
+    assert np.array_equal(batch.host.index, batch.index)

@@ -1,6 +1,8 @@
 import json
 import os
+import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -164,3 +166,23 @@ def test_a_stopped_demo_stops_its_runs(tmp_path: Path, monkeypatch: pytest.Monke
         run_jobs(waiting, 1, lambda line: None)
     assert waiting[0].process is not None and waiting[0].process.returncode == -15
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
+def test_a_killed_demo_stops_its_runs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "status.json")  # `backmix status` waits for someone to write there
+    program = (
+        "import sys; from collections import deque; from pathlib import Path;"
+        "from backmix.train.demo import Job, run_jobs; out = Path(sys.argv[1]);"
+        "run_jobs([Job('long', deque([['status', str(out)]]), out / 'log')], 1, print)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    writer = os.open(tmp_path / "status.json", os.O_WRONLY)  # waits until the command reads
+    try:
+        process.kill()
+        process.wait()
+        reader_left = select.poll()
+        reader_left.register(writer, 0)  # an end without readers is always told
+        assert reader_left.poll(30_000), "the command outlived the demo"
+    finally:
+        os.close(writer)

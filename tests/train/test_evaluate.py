@@ -51,6 +51,7 @@ def write_run(
             "augment": {"mean": MEAN, "std": STD},
             "split": split,
         },
+        "resolved": {},
         "classes": classes,
         "known": known,
         "data": {"files": ["train.beton"], "digest": "0", "samples": 1},
@@ -291,6 +292,22 @@ def test_an_evaluation_takes_the_place_of_the_one_before(judged, tmp_path: Path)
     }
 
 
+@pytest.mark.parametrize("obstacle", ["scores/known.safetensors", "metrics.json.tmp"])
+def test_new_scores_never_stand_beside_old_figures(judged, tmp_path: Path, obstacle) -> None:
+    run = tmp_path / "run"
+    write_run(run, ["c", "a"], [2, 0])
+    (run / "metrics.json").write_text("of before")
+    # A folder in the way of a file: the one fails before all scores are in place, the other after.
+    (run / obstacle).mkdir(parents=True)
+    options = EvaluateOptions(test=(judged["test"],))
+    with pytest.raises(OSError):
+        evaluate(run, options)
+    assert not (run / "metrics.json").exists()
+    (run / obstacle).rmdir()
+    assert evaluate(run, options) == json.loads((run / "metrics.json").read_text())
+    assert not (run / "scores.new").exists()
+
+
 def test_a_test_set_of_known_classes_alone_gives_the_accuracy(tmp_path: Path) -> None:
     write_beton(tmp_path / "test.beton", ["a", "b", "e"], [0, 1, 0], seed=4)
     write_run(tmp_path / "run", ["a", "b", "e"], [0, 1, 2])
@@ -315,6 +332,8 @@ def test_the_training_file_as_test_set_is_said(judged, tmp_path: Path) -> None:
     [
         ({"test": ()}, "Name its test set: --test FILE.beton"),
         ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"threads": -1}, "^--threads must be 0 to 1024, got -1"),
+        ({"threads": 5000}, "^--threads must be 0 to 1024, got 5000"),
         ({"unknown": ("scenes",)}, "--unknown scenes: write NAME=PATH"),
         ({"unknown": ("../x=TEST",)}, "write NAME=PATH"),
         ({"unknown": ("x=/nowhere",)}, "there is no /nowhere"),
@@ -383,9 +402,14 @@ def test_what_is_wrong_with_a_run_folder_is_said(judged, tmp_path: Path) -> None
         with pytest.raises(ValueError, match=message):
             load_model(run)
     (run / "model.safetensors").unlink()
+    (run / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"model\.safetensors is no file: the weights of the run"):
+        evaluate(run, options)
+    (run / "model.safetensors").rmdir()
     with pytest.raises(ValueError, match=r"has no model\.safetensors: the run is not finished"):
         evaluate(run, options)
-    (run / "config.json").write_text('{"run": {}}')
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "run": {}}))
     with pytest.raises(ValueError, match=r"config\.json is no configuration of a run"):
         evaluate(run, options)
 
@@ -417,6 +441,17 @@ def test_a_diverged_model_is_named_with_its_set(judged, tmp_path: Path) -> None:
         "model.safetensors",
         "run.lock",
     ]
+
+
+def test_a_diverged_model_has_no_accuracy_either(tmp_path: Path) -> None:
+    write_beton(tmp_path / "test.beton", ["a", "b"], [0, 1, 0], seed=4)
+    run = tmp_path / "run"
+    model = write_run(run, ["a", "b"], [0, 1])
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    safetensors.torch.save_file(model.state_dict(), run / "model.safetensors")
+    with pytest.raises(ValueError, match=f"^{run}: set known: 3 of 3 images have logits that are"):
+        evaluate(run, EvaluateOptions(test=(tmp_path / "test.beton",)))
+    assert not (run / "metrics.json").exists()
 
 
 def test_a_run_in_use_is_refused(judged, tmp_path: Path) -> None:

@@ -429,17 +429,28 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("loader", ["turbo", "resident"])
 def test_a_step_does_not_wait_for_the_device(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, loader: str
 ) -> None:
     """The doors' CPU form may look at values; the form of other devices is forced here."""
     monkeypatch.setattr("backmix.kernels.mix_background._reading_is_free", lambda tensor: False)
-    run = tiny_run(data, tmp_path / "run", BackMix(patch=12, cam_source="mix", onto="cool"))
-    _, state, loader = prepare_run(run, "test", [])
-    with loader, NoWaiting():
-        taken = steps(state, loader, run, torch.autocast("cpu", enabled=False))
-        for _ in range(4):
-            next(taken)
+    run = tiny_run(data, tmp_path / "run", METHODS[name])
+    run = replace(run, loader=replace(run.loader, loader=loader))
+    _, state, opened = prepare_run(run, "test", [])
+
+    def waits(self: torch.Tensor, *_: object) -> None:
+        raise AssertionError("a copy to the host waits for the device")
+
+    with opened:
+        batches = list(opened.batches(Place(0)))
+        autocast = torch.autocast("cpu", enabled=False)
+        for copy in ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__"):
+            monkeypatch.setattr(torch.Tensor, copy, waits)
+        with NoWaiting():
+            for batch in batches:
+                loop.take_step(state, batch, run, 0.1, autocast)
 
 
 def test_held_out_images_are_not_trained_on(data: Path, tmp_path: Path) -> None:

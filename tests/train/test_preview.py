@@ -44,6 +44,7 @@ def write_run(folder: Path, data: Path, method: Softmax | BackMix, bank: np.ndar
         digest = beton.digest
     config = {
         "run": as_document(run),
+        "resolved": {},
         "classes": ["cat", "owl"],
         "known": [0, 2],
         "data": {"files": [str(data)], "digest": digest, "samples": 8},
@@ -180,12 +181,48 @@ def test_a_long_class_name_is_cut(tmp_path):
         ({"patch": 40}, r"--patch must be in 1 \.\. 32"),
         ({"rows": 0}, "--rows must be at least 1"),
         ({"size": 16, "patch": 17}, r"--patch must be in 1 \.\. 16"),
+        ({"patch": -1}, r"--patch must be in 1 \.\. 32"),
+        ({"size": -5}, "--size must be 0 to 16384 pixels, got -5"),
+        ({"size": 20_000}, "--size must be 0 to 16384 pixels, got 20000"),
+        ({"seed": -1}, r"--seed must be in 0 \.\. 2\^64 - 1, got -1"),
     ],
 )
 def test_impossible_wishes_are_refused(tmp_path, arguments, message):
     data = write_beton(tmp_path / "a.beton")
     with pytest.raises(ValueError, match=message):
         preview.write_preview(data, tmp_path / "out.png", PreviewOptions(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("x.jpg", r"x\.jpg"), ("", "an empty name"), ("png", "png")]
+)
+def test_a_name_that_is_not_of_a_png_file_is_refused(tmp_path, name, said):
+    data = write_beton(tmp_path / "a.beton")
+    with pytest.raises(ValueError, match=rf"^-o must name a \.png file; {said} is none"):
+        preview.write_preview(data, Path(name), PreviewOptions())
+
+
+@pytest.mark.parametrize("rows", [65, 130])
+def test_any_number_of_examples_is_drawn(tmp_path, rows):
+    data = write_beton(tmp_path / "a.beton", count=rows)
+    examples = preview.random_examples(data, PreviewOptions(rows=rows, size=8))
+    assert len(examples.targets) == rows
+    np.testing.assert_array_equal(examples.mixes, expected_mix(examples, (128, 128, 128)))
+
+
+@pytest.mark.parametrize("patch", range(1, 8))
+@pytest.mark.parametrize("size", [32, 160])  # enlarged five times, and not at all
+def test_a_frame_stays_inside_a_patch_of_any_size(tmp_path, patch, size):
+    data = write_beton(tmp_path / "a.beton", count=2)
+    examples = preview.random_examples(data, PreviewOptions(rows=2, size=size, patch=patch))
+    factor = 160 // size
+    target = np.asarray(preview._tiles(examples, 0, factor)[0])
+    ty, tx = examples.patch[0, :2]
+    plain = examples.targets[0].repeat(factor, 0).repeat(factor, 1)
+    rows, columns = np.nonzero((target != plain).any(-1))
+    for found, corner in ((rows, ty), (columns, tx)):
+        assert (found.min(), found.max()) == (factor * corner, factor * (corner + patch) - 1)
+    preview.grid_picture(examples)
 
 
 def test_a_softmax_run_has_nothing_to_show(tmp_path):
@@ -210,6 +247,65 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     for path in (run / "checkpoints").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="no checkpoint"):
+        preview.run_examples(run, None, PreviewOptions())
+
+
+def damaged(document, change):
+    """Return config.json with one part replaced, by dotted name."""
+    name, value = change
+    *sections, last = name.split(".")
+    part = document
+    for section in sections:
+        part = part[section]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("run", []),
+        ("run", {}),
+        ("run.method", None),
+        ("run.method", ["BackMix"]),
+        ("run.method.type", None),
+        ("run.method.masks", 5),
+        ("run.method.colour", "red"),
+        ("run.loader", [1]),
+        ("run.loader.size", "32"),
+        ("run.data", 3),
+        ("run.out", None),
+        ("run.augment.std", 1),
+        ("data.digest", None),
+        ("known", [0]),
+    ],
+    ids=str,
+)
+def test_a_damaged_configuration_is_named(tmp_path, change):
+    data = write_beton(tmp_path / "a.beton")
+    run = write_run(tmp_path / "run", data, BackMix(), np.zeros((8, 4, 4), np.float16))
+    path = run / "config.json"
+    path.write_text(json.dumps(damaged(json.loads(path.read_text()), change)))
+    with pytest.raises(ValueError, match=r"run/config\.json is (no configuration|damaged)"):
+        preview.run_examples(run, None, PreviewOptions())
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", "null"])
+def test_a_configuration_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is no configuration of a run"):
+        preview.run_examples(tmp_path, None, PreviewOptions())
+
+
+@pytest.mark.parametrize("tensors", [{}, {"method.bank": torch.zeros(3, 4, 4)}])
+def test_a_checkpoint_of_another_run_is_named(tmp_path, tensors):
+    data = write_beton(tmp_path / "a.beton")
+    run = write_run(tmp_path / "run", data, BackMix(), np.zeros((8, 4, 4), np.float16))
+    save_checkpoint(run, 7, tensors, {"place": {"seed": 0, "epoch": 3, "consumed": 0}})
+    with pytest.raises(ValueError, match=r"step-00000007\.safetensors holds no masks of this run"):
         preview.run_examples(run, None, PreviewOptions())
 
 

@@ -343,13 +343,18 @@ def break_run(run: Path, name: str, content: str | None) -> None:
     [
         ("config.json", None, "is no run folder: it has no config.json"),
         ("config.json", "{", "config.json cannot be read"),
-        ("config.json", "{}", "damaged"),
+        ("config.json", "{}", "config.json"),
+        ("config.json", "[]", "config.json"),
         ("status.json", '{"state": "stopped", "step": 5, "why": "SIGTERM"}', "stopped at step 5"),
-        ("status.json", '{"state": "running", "step": 5, "why": ""}', "running at step 5"),
+        ("status.json", '{"state": "running", "step": 5, "why": ""}', "killed; the same command"),
         ("metrics.json", None, "has not been evaluated: run `backmix evaluate"),
         ("metrics.json", "{", "damaged"),
         ("metrics.json", '{"unknown": {}}', "damaged"),
-        ("log.jsonl", "{]", "damaged"),
+        ("metrics.json", "[]", "metrics.json is damaged"),
+        ("log.jsonl", None, "log.jsonl is missing"),
+        ("log.jsonl", "", "log.jsonl is damaged: it has no rows"),
+        ("log.jsonl", "{]", "log.jsonl, line 1, is damaged"),
+        ("log.jsonl", "\x80", "log.jsonl, line 1, is damaged"),
         ("scores/known.safetensors", None, "known.safetensors"),
         ("scores/unknown.safetensors", "nonsense", "unknown.safetensors is damaged"),
     ],
@@ -363,6 +368,101 @@ def test_a_folder_that_cannot_be_reported_is_named_with_the_reason(
         report.write_report([run], tmp_path / "report.html")
     assert str(run) in str(caught.value)
     assert not (tmp_path / "report.html").exists()
+
+
+def replaced(path: Path, name: str, value) -> None:
+    """Replace one part of a JSON file, by dotted name; None removes it."""
+    document = json.loads(path.read_text())
+    *sections, last = name.split(".")
+    part = document
+    for section in sections:
+        part = part[section]
+    part[last] = value
+    if value is None:
+        del part[last]
+    path.write_text(json.dumps(document) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("metrics.json", "split", 3),
+        ("metrics.json", "split", {"protocol": "cifar10"}),
+        ("metrics.json", "split", None),
+        ("metrics.json", "notes", "text"),
+        ("metrics.json", "notes", [{}]),
+        ("metrics.json", "known", []),
+        ("metrics.json", "known.n", "60"),
+        ("metrics.json", "unknown", []),
+        ("metrics.json", "unknown.unknown", []),
+        ("metrics.json", "unknown.unknown.n", None),
+        ("metrics.json", "unknown.unknown.scores", []),
+        ("metrics.json", "unknown.unknown.scores.msp", 0.5),
+        ("metrics.json", "unknown.unknown.scores.msp.auroc", None),
+        ("metrics.json", "unknown.unknown.scores.msp.auroc", "0.5"),
+        ("metrics.json", "unknown.unknown.scores.msp.auroc", 50.0),
+        ("config.json", "run.seed", None),
+        ("config.json", "run.split", []),
+        ("config.json", "run.loader", {}),
+        ("config.json", "run.method", "BackMix"),
+        ("config.json", "run.method", {"type": "BackMix"}),
+        ("config.json", "run.method", {"type": "BackMix", "mask": "blue"}),
+        ("config.json", "run.method", {"type": "BackMix", "mask": []}),
+        ("config.json", "classes", [3]),
+        ("config.json", "data.files", "train.beton"),
+        ("config.json", "data.digest", 5),
+        ("config.json", "data.samples", 0),
+        ("config.json", "data.samples", None),
+        ("config.json", "versions", None),
+        ("config.json", "commit", None),
+        ("config.json", "command", ["backmix"]),
+    ],
+    ids=str,
+)
+def test_a_damaged_part_of_a_document_is_named_with_its_file(tmp_path, file, name, value):
+    run = write_run(tmp_path, "softmax", 0)
+    replaced(run / file, name, value)
+    with pytest.raises(ValueError, match=re.escape(f"{run / file} is damaged: ")) as caught:
+        report.write_report([run], tmp_path / "report.html")
+    assert name.rsplit(".", 1)[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": None},
+        {"consumed": "100"},
+        {"loss": "0.5"},
+        {"accuracy": None},
+        {"mask_hit": "0.5"},
+        {"bad_steps": []},
+    ],
+    ids=str,
+)
+def test_a_damaged_row_of_the_log_is_named_with_its_line(tmp_path, change):
+    run = write_run(tmp_path, "softmax", 0)
+    first, second = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    second = {name: value for name, value in (second | change).items() if value is not None}
+    for row in (second, list(second)):
+        (run / "log.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(row)}\n")
+        with pytest.raises(ValueError, match=r"log\.jsonl, line 2, is damaged: "):
+            results.read_all([run])
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_a_sentence(tmp_path, monkeypatch):
+    def fail(*_) -> bytes:
+        raise ValueError("x1 must not be below x0")
+
+    monkeypatch.setattr(report, "run_examples", lambda *_: None)
+    monkeypatch.setattr(report, "grid_picture", fail)
+    report.write_report([write_run(tmp_path, "backmix", 0)], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "There is no picture: x1 must not be below x0" in page
+
+
+def test_an_empty_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^the page needs a name: -o FILE\.html"):
+        report.write_report([write_run(tmp_path, "softmax", 0)], Path(""))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

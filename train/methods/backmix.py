@@ -64,7 +64,7 @@ class BackMixMethod:
     def prepare(self, batch: Batch) -> Tensor:
         """Draw for every image and return the mixed, flipped, shifted, normalised views."""
         options = self.options
-        pool_index = batch.pool_index.cpu().numpy()
+        pool_index = batch.host.pool_index
         height, width = batch.pool.shape[1:3]
         device = batch.pool.device
         epoch = batch.place.epoch
@@ -72,8 +72,8 @@ class BackMixMethod:
             draws.mix_draws(
                 batch.place.seed,
                 epoch,
-                batch.index.cpu().numpy(),
-                rows=batch.rows.cpu().numpy(),
+                batch.host.index,
+                rows=batch.host.rows,
                 pool_rows=len(pool_index),
                 group=batch.group,
                 size=(height, width),
@@ -231,7 +231,7 @@ class BackMixMethod:
     def _onto_cool_cells(self, batch: Batch, drawn: DeviceDraws) -> DeviceDraws:
         """Move every patch to the drawn place where the target's own map is coolest."""
         seed, epoch = batch.place.seed, batch.place.epoch
-        index = batch.index.cpu().numpy()
+        index = batch.host.index
         tries = np.stack(
             [
                 draws.block(seed, epoch, index, "patch", number)[:, :2]

@@ -27,8 +27,8 @@ class SoftmaxMethod:
         drawn = mix_draws(
             batch.place.seed,
             batch.place.epoch,
-            batch.index.cpu().numpy(),
-            rows=batch.rows.cpu().numpy(),
+            batch.host.index,
+            rows=batch.host.rows,
             pool_rows=len(batch.pool),
             group=batch.group,
             size=(height, width),

@@ -83,4 +83,6 @@ def unmixed(batch: Batch, augment: Augment, drawn: DeviceDraws | None) -> Tensor
 
 def full_boxes(n: int, device: torch.device) -> Tensor:
     """Return n boxes of the whole image in 16.16 fractions, int32 [n, 4]."""
-    return torch.tensor([0, 0, FULL, FULL], dtype=torch.int32, device=device).repeat(n, 1)
+    boxes = torch.zeros(n, 4, dtype=torch.int32, device=device)
+    boxes[:, 2:] = FULL
+    return boxes
