@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 LARGEST_GRID = 16
-_ENVIRONMENT = os.environ.get("BACKMIX_KERNELS")  # read once, so that a run cannot change its forms
+# Read once, so that a run cannot change its forms; empty is unset.
+_ENVIRONMENT = os.environ.get("BACKMIX_KERNELS") or None
 
 
 def choose(backend: str | None, kernel: str) -> str:
@@ -39,6 +40,15 @@ def choose(backend: str | None, kernel: str) -> str:
             )
         case _:
             raise ValueError(f"{source} must be torch or triton, got {wish!r}")
+
+
+def expect_tensors(**arguments: object) -> None:
+    """Refuse arguments that are no tensors with at least one axis, by their names."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(argument).__name__}")
+        if argument.ndim == 0:
+            raise ValueError(f"{name} must have axes, got a single number")
 
 
 def expect(

@@ -11,7 +11,7 @@ Bytes per pixel and channel: 1 read, and 1, 2 or 4 written, by the output's type
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ def box_fractions(boxes: Tensor, sizes: Tensor) -> Tensor:
     Returns:
         y0, x0, h, w as fractions, int32 [n, 4].
     """
+    dispatch.expect_tensors(boxes=boxes, sizes=sizes)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must be [n, 4], got {list(boxes.shape)}")
     if sizes.shape != (len(boxes), 2):
@@ -468,6 +469,7 @@ def _check_tensors(
     tie: Tensor,
 ) -> None:
     """Refuse tensors of the wrong dtype, shape, device or layout; looks at no values."""
+    dispatch.expect_tensors(pool=pool, target=target)
     expect, device, n = dispatch.expect, pool.device, len(target)
     expect("pool", pool, (torch.uint8,), ("P", "H", "W", 3), device)
     if 0 in pool.shape[1:3]:
@@ -490,6 +492,8 @@ def _check_options(mode: str, mask_cells: int, cells: int) -> None:
     """Refuse an unknown mode, or more masked cells than there are."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if not isinstance(mask_cells, int):
+        raise TypeError(f"mask_cells must be an int, got {type(mask_cells).__name__}")
     if not 0 <= mask_cells <= cells:
         raise ValueError(f"mask_cells must be in 0..{cells}, the bank's cells, got {mask_cells}")
 
@@ -510,12 +514,19 @@ def _check_colours(
         if isinstance(choice, str) and choice != word:
             raise ValueError(f"{name} must be three floats or {word!r}, got {choice!r}")
     for name, values in (("mean", mean), ("std", std), ("fill", fill), ("pad", pad)):
-        if values is None or isinstance(values, str):
+        if name in ("fill", "pad") and (values is None or isinstance(values, str)):
             continue
-        if len(values) != 3 or not all(math.isfinite(x) for x in values):
+        if not _is_colour(values):
             raise ValueError(f"{name} must be three finite floats, got {values}")
     if min(std) <= 0:
         raise ValueError(f"std must be above 0, got {std}")
+
+
+def _is_colour(values: Any) -> bool:
+    try:
+        return len(values) == 3 and all(math.isfinite(x) for x in values)
+    except TypeError:  # a single number, or no numbers
+        return False
 
 
 def _check_values(

@@ -239,6 +239,7 @@ def _check_tensors(
     patch: Tensor | None,
 ) -> None:
     """Refuse tensors of the wrong dtype, shape, device or layout; looks at no values."""
+    dispatch.expect_tensors(bank=bank, labels=labels)
     expect, device, n = dispatch.expect, bank.device, len(labels)
     dispatch.expect_bank(bank, device)
     expect("features", features, _FLOATS, (n, "C", *bank.shape[1:]), device)
@@ -269,6 +270,8 @@ def _check_options(
         raise ValueError(f"size must be (H, W) in pixels, at least 1, got {size}")
     if isinstance(rate, Tensor):
         dispatch.expect("rate", rate, (torch.float32,), (), device)
+    elif not isinstance(rate, float | int):
+        raise TypeError(f"rate must be a float or a tensor, got {type(rate).__name__}")
     elif not 0 <= rate <= 1:
         raise ValueError(f"rate must be in 0..1, got {rate}")
     if normalise not in ("image", "none"):

@@ -53,7 +53,7 @@ class Batch:
     sizes: Tensor
     """int32 [n, 2]: h, w of the stored image."""
     status: Tensor
-    """uint8 [n]: 0 good, 1 decoded with a warning, 2 replaced by another sample."""
+    """uint8 [n]: 0 good, 1 a stored JPEG decoded with a warning, 2 replaced by another sample."""
     group: int
     """Mix groups: row i of the batch takes its donor among the rows of group i // group;
     0 = from the whole pool (resident)."""

@@ -113,7 +113,7 @@ class Flag(IntFlag):
     ICC = 1 << 10
     """A colour profile is present."""
     WARNED = 1 << 11
-    """The JPEG decodes with a warning."""
+    """The JPEG decodes with a warning; of pixels: their source did."""
 
 
 SUBSAMPLING_SHIFT = 3

@@ -27,8 +27,8 @@ from typing import Any, Self
 import numpy as np
 
 from backmix.pipeline import draws, images
-from backmix.pipeline.beton import JPG, RAW, Flag
-from backmix.pipeline.options import ConvertOptions
+from backmix.pipeline.beton import JPG, RAW, Flag, open_beton, printable
+from backmix.pipeline.options import ConvertOptions, refuse_unknown_choices, usable_cores
 from backmix.pipeline.sources import Item, Source, open_source, read_classes
 from backmix.pipeline.writer import Record, Writer, page_size_for, remove_dead_parts
 
@@ -40,8 +40,8 @@ _WINDOW = 4
 _HELD_BYTES = 256 * 2**20
 # A worker's start costs as much as some dozens of images.
 _ITEMS_PER_WORKER = 16
-# Enough for the headers of nearly every JPEG; one with more is read whole.
-_HEADER_BYTES = 1 << 16
+# Enough for the headers of most images, and of nearly all; one with more is read whole.
+_HEADER_BYTES = (1 << 12, 1 << 16)
 _MODE_NAMES = {JPG: "jpg", RAW: "raw"}
 
 
@@ -72,8 +72,8 @@ class Summary:
         rate = self.written / max(self.seconds, 1e-9)
         filled = sum(count > 0 for count in self.class_counts.values())
         lines = [
-            f"{self.out}: {self.written:,} images of {filled:,} classes, {self.bytes:,} bytes, "
-            f"{self.seconds:.1f} s ({rate:,.0f} images/s)",
+            f"{printable(str(self.out))}: {self.written:,} images of {filled:,} classes, "
+            f"{self.bytes:,} bytes, {self.seconds:.1f} s ({rate:,.0f} images/s)",
             f"stored as JPEG {self.modes['jpg']:,} (copied byte for byte {self.copied:,}), "
             f"as pixels {self.modes['raw']:,}; page size {self.page_size:,} bytes",
         ]
@@ -82,7 +82,9 @@ class Summary:
         lines += self.notes
         if self.skipped:
             lines.append(f"left out {len(self.skipped):,}:")
-            lines += [f"  {name}: {reason}" for name, reason in self.skipped[:10]]
+            lines += [
+                f"  {printable(name)}: {printable(reason)}" for name, reason in self.skipped[:10]
+            ]
             if len(self.skipped) > 10:
                 lines.append(f"  ... and {len(self.skipped) - 10:,} more (see the manifest)")
         return "\n".join(lines)
@@ -113,27 +115,34 @@ def convert(
     out = Path(out)
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is not a folder; create it first")
-    if not options.force and os.path.lexists(out):
-        raise ValueError(f"{out} exists already: choose another name, or use --force")
+    _check_names(out, options.force)
     start = time.monotonic()
     with _sigterm_interrupts():
         listed = open_source(source, read_classes(options.classes) if options.classes else None)
+        _keep_the_source(listed, out)
         wants = _wants(options, len(listed.items))
-        page_size = options.page_size or page_size_for(_largest(listed, wants, options))
+        page_size = options.page_size
+        if page_size is None:
+            page_size = page_size_for(_largest(listed, wants, options))
         while True:
             try:
                 summary = _write(listed, wants, out, options, page_size, progress)
                 break
-            except _Outgrown as outgrown:
+            except _WrongPages as wrong:
                 # A JPEG whose header looked fit to be copied is stored as pixels after all, and
-                # they exceed the page: rare enough to start over rather than to measure by
-                # decoding everything twice.
-                page_size = page_size_for(outgrown.size)
+                # they exceed the page; or what asked for a huge page was left out. Rare enough to
+                # start over rather than to measure by decoding everything twice.
+                page_size = page_size_for(wrong.largest)
     summary.seconds = time.monotonic() - start
     return summary
 
 
 def _check(options: ConvertOptions) -> None:
+    refuse_unknown_choices(options, "--")
+    if options.mode == "raw" and options.quality is not None:
+        raise ValueError("--quality has no effect with --mode raw, which encodes nothing")
+    if options.mode != "smart" and options.smart_threshold is not None:
+        raise ValueError(f"--smart-threshold needs --mode smart, not {options.mode}")
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise ValueError(f"--quality must be 1 to 100, not {options.quality}")
     if options.max_side is not None and options.max_side < 1:
@@ -146,6 +155,45 @@ def _check(options: ConvertOptions) -> None:
         raise ValueError(f"--smart-threshold must not be negative: {options.smart_threshold}")
     if options.workers < 0:
         raise ValueError(f"--workers must not be negative: {options.workers}")
+
+
+def _check_names(out: Path, force: bool) -> None:
+    """Refuse names that are taken or cannot be written, before the work and not after it."""
+    manifest = _manifest_path(out)
+    for path in (out, manifest):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file to write")
+    if not force and os.path.lexists(out):
+        raise ValueError(f"{out} exists already: choose another name, or use --force")
+    # A killed run may leave its manifest without the file; it is in nobody's way.
+    if not force and os.path.lexists(manifest) and not _is_manifest(manifest):
+        raise ValueError(f"{manifest} exists already: choose another name, or use --force")
+    with _Manifest(manifest):  # a folder that cannot be written to fails here
+        pass
+
+
+def _manifest_path(out: Path) -> Path:
+    return out.with_name(out.name + ".jsonl")
+
+
+def _is_manifest(path: Path) -> bool:
+    """Return whether the first line is a row as `_Manifest` writes it."""
+    if not path.is_file():
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            row = json.loads(file.readline(1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and {"sample", "name", "class"} <= row.keys()
+
+
+def _keep_the_source(listed: Source, out: Path) -> None:
+    """Refuse to replace the tar that is being read."""
+    source = listed.items[0].path
+    for path in (out, _manifest_path(out)):
+        if source and os.path.exists(path) and os.path.samefile(source, path):
+            raise ValueError(f"{path} is the source itself: choose another name")
 
 
 @contextlib.contextmanager
@@ -280,7 +328,8 @@ def _stored_pixels(
         quality = options.quality or QUALITY
         data = images.encode_jpeg(small, quality)
         done = [f"encoded at quality {quality}", *notes]
-        return Stored(data, JPG, height, width, int(flags | images.ENCODED_FLAGS), done)
+        flags = flags & ~Flag.WARNED | images.ENCODED_FLAGS  # the new stream is clean
+        return Stored(data, JPG, height, width, int(flags), done)
     return Stored(small.reshape(-1).data, RAW, height, width, int(flags), ["pixels", *notes])
 
 
@@ -302,7 +351,8 @@ def _largest(listed: Source, wants: Callable[[int], str], options: ConvertOption
         return max(map(expected, range(count)))
     largest = 0
     # Threads hide the latency of a disk or network; in parts, since map submits all at once.
-    with ThreadPoolExecutor(8) as threads:
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as threads:
+        warnings.simplefilter("ignore")  # Pillow's remarks on large images
         for start in range(0, count, 1024):
             part = range(start, min(start + 1024, count))
             largest = max(largest, *threads.map(expected, part))
@@ -317,6 +367,7 @@ def _expected(item: Item, want: str, options: ConvertOptions) -> int:
         try:
             file_size = os.stat(item.path).st_size if item.size is None else item.size
             size, jpeg, fit = _header(item)
+            images.check_size(*size)
         except (OSError, ValueError):  # reported when its turn comes
             return 1
         plan = _plan(want, size, options, jpeg=jpeg, fit=fit)
@@ -330,10 +381,10 @@ def _expected(item: Item, want: str, options: ConvertOptions) -> int:
 
 def _header(item: Item) -> tuple[tuple[int, int], bool, bool]:
     """Return size, whether it is a JPEG, and whether it may be copied, from the file's head."""
-    try:
-        return _header_of(item.read(_HEADER_BYTES))
-    except ValueError:
-        return _header_of(item.read())
+    for limit in _HEADER_BYTES:
+        with contextlib.suppress(ValueError):
+            return _header_of(item.read(limit))
+    return _header_of(item.read())
 
 
 def _header_of(data: bytes) -> tuple[tuple[int, int], bool, bool]:
@@ -346,12 +397,12 @@ def _header_of(data: bytes) -> tuple[tuple[int, int], bool, bool]:
 # --- workers -------------------------------------------------------------------------------------
 
 
-class _Outgrown(Exception):
-    """An image does not fit the pages that were chosen for the expected sizes."""
+class _WrongPages(Exception):
+    """The pages that were chosen for the expected sizes are too small, or far too large."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size
+    def __init__(self, largest: int) -> None:
+        super().__init__(largest)
+        self.largest = largest
 
 
 @dataclass
@@ -509,8 +560,8 @@ def _attempt(item: Item, want: str, options: ConvertOptions) -> Stored | str:
 
 def _where(item: Item) -> str:
     if not item.path:
-        return item.name
-    return item.path if item.size is None else f"{item.path}: {item.name}"
+        return printable(item.name)
+    return printable(item.path if item.size is None else f"{item.path}: {item.name}")
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -524,7 +575,7 @@ def _results(
         for i in range(count):
             yield _attempt(listed.items[i], wants(i), options)
         return
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or usable_cores()
     with _Crew(min(workers, 1 + count // _ITEMS_PER_WORKER), options) as crew:
         yield from crew.run(listed.items, wants)
 
@@ -539,11 +590,20 @@ def _write(
 ) -> Summary:
     summary = Summary(out, listed.classes, page_size=page_size, notes=listed.notes)
     total = len(listed.items)
+    largest = 0
     if progress:
         progress(0, total)
+
+    def publish_manifest() -> None:
+        # The file, once it is there under its name, has its manifest; and a run that fails before
+        # leaves the manifest of an earlier one as it was. The digest ties the two together.
+        with open_beton(writer.part) as data:
+            manifest.write({"total": totals | {"digest": data.digest}})
+        manifest.publish()
+
     with (
         contextlib.closing(_results(listed, wants, options)) as results,
-        _Manifest(out.with_name(out.name + ".jsonl")) as manifest,
+        _Manifest(_manifest_path(out)) as manifest,
         Writer(
             out,
             samples=total,
@@ -551,9 +611,7 @@ def _write(
             classes=listed.classes,
             options=_noted(options),
             force=options.force,
-            # So the file, once it is there under its name, has its manifest; and a run that fails
-            # before leaves the manifest of an earlier one as it was.
-            before_publish=manifest.publish,
+            before_publish=publish_manifest,
         ) as writer,
     ):
         for i, result in enumerate(results):
@@ -561,20 +619,23 @@ def _write(
             if isinstance(result, str):
                 _skip(item, result, options, summary, manifest)
             else:
-                if len(result.data) > page_size and options.page_size is None:
-                    raise _Outgrown(len(result.data))
+                largest = max(largest, len(result.data))
+                if largest > page_size and options.page_size is None:
+                    raise _WrongPages(largest)
                 _place(item, result, summary, writer, manifest)
             if progress:
                 progress(i + 1, total)
         if not summary.written:
             name, reason = summary.skipped[0]
             raise ValueError(
-                f"none of the {total} images of {listed.spec} can be decoded; the first, {name}: "
-                f"{reason}"
+                f"none of the {total} images of {listed.spec} can be decoded; the first, "
+                f"{printable(name)}: {reason}"
             )
+        far_too_large = 4 * page_size_for(largest) <= page_size
+        if summary.skipped and far_too_large and options.page_size is None:
+            raise _WrongPages(largest)
         totals = {"written": summary.written, "skipped": len(summary.skipped)}
         totals |= {"page_size": page_size, "modes": dict(sorted(summary.modes.items()))}
-        manifest.write({"total": totals})
     summary.bytes = out.stat().st_size
     return summary
 
@@ -623,7 +684,7 @@ def _place(
     summary.modes[mode] += 1
     summary.class_counts[class_name] += 1
     summary.copied += bool(stored.flags & Flag.PASSTHROUGH)
-    summary.warned += bool(stored.flags & Flag.WARNED)
+    summary.warned += any(note.startswith(images.WARNING_NOTE) for note in stored.done)
 
 
 def _printable(name: str) -> str:
@@ -637,8 +698,9 @@ class _Manifest:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._part = path.with_name(f"{path.name}.part-{os.getpid()}")
-        remove_dead_parts(path)
-        self._file = open(self._part, "w", encoding="utf-8")
+        with self._named_errors():
+            remove_dead_parts(path)
+            self._file = open(self._part, "w", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self

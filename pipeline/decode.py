@@ -5,7 +5,6 @@ whole image, then the box, then torch's antialiased bilinear resize of uint8. St
 the same way from the box on.
 """
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from backmix.pipeline.beton import RAW, BetonSet, Flag
+from backmix.pipeline.options import usable_cores
 
 
 def read_image(data: BetonSet, index: int, verify: bool = True) -> tuple[np.ndarray, bool]:
@@ -72,11 +72,6 @@ def cut(image: np.ndarray, box: np.ndarray, view: np.ndarray) -> None:
     view[...] = resized[0].permute(1, 2, 0).numpy()
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def decoding_threads(count: int) -> ThreadPoolExecutor:
     """Start threads that decode beside a training loop; count 0 = one per core that we may use.
 
@@ -99,9 +94,13 @@ def decoding_threads(count: int) -> ThreadPoolExecutor:
         for _ in range(count):
             threads.submit(settle)
         everybody.wait()
-    except BaseException:  # such as a limit on the number of threads: let those go that wait
+    except BaseException as error:  # let those go that wait
         everybody.abort()
         threads.shutdown()
+        if isinstance(error, RuntimeError):  # a limit on the number of threads, or on memory
+            raise OSError(
+                f"cannot start {count} threads ({error}); lower --loader.threads"
+            ) from error
         raise
     finally:
         torch.set_num_threads(training_threads)

@@ -7,9 +7,12 @@ loader, and any of them can be repeated alone. The same integers are computed on
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
+
+Position = Literal["inside", "clipped"]
+DonorClass = Literal["any", "other", "same"]
 
 STREAMS = {
     "order": 0,
@@ -192,11 +195,11 @@ def mix_draws(
     group: int,
     size: tuple[int, int],
     patch: int,
-    position: Literal["inside", "clipped"] = "inside",
+    position: Position = "inside",
     probability: float = 1.0,
     flip: bool = True,
     pad: int = 0,
-    donor_class: Literal["any", "other", "same"] = "any",
+    donor_class: DonorClass = "any",
     labels: np.ndarray | None = None,
 ) -> MixDraws:
     """Draw flip, shift, donor, patch and tie word of every image of a batch.
@@ -222,6 +225,11 @@ def mix_draws(
     height, width = size
     if not 1 <= patch <= min(size):
         raise ValueError(f"the patch side must be in 1 .. {min(size)} (the view), got {patch}")
+    for choice, choices in ((position, Position), (donor_class, DonorClass)):
+        if choice not in get_args(choices):
+            raise ValueError(f"expected one of {', '.join(get_args(choices))}; got {choice!r}")
+    if not 0 <= probability <= 1:
+        raise ValueError(f"the probability of a patch must be in 0 .. 1, got {probability}")
     index = np.asarray(index, np.int64)
     donor, found = _donors(
         block(seed, epoch, index, "donor")[:, 0],

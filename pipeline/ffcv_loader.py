@@ -20,7 +20,8 @@ import torch
 
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import JPG
-from backmix.pipeline.decode import cut, read_image, usable_cores
+from backmix.pipeline.decode import cut, read_image
+from backmix.pipeline.options import usable_cores
 from backmix.pipeline.plan import Plan
 from backmix.pipeline.subset import Subset
 from backmix.pipeline.views import (

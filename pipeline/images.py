@@ -26,6 +26,9 @@ pass over the whole image."""
 MAX_SIDE = 65_535
 """Longest side that JPEG and .beton can hold [pixels]."""
 
+WARNING_NOTE = "decodes with a warning"
+"""How the note on a JPEG begins that is whole but makes the decoder complain."""
+
 # What Pillow may open. Left out on purpose: formats that start other programs (EPS), that have no
 # signature (TGA), or that no data set uses.
 FORMATS = ("JPEG", "PNG", "PPM", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000")
@@ -383,7 +386,7 @@ def _decode_jpeg(data: bytes) -> Decoded:
     if four:
         decoded = _note_mode(decoded, "YCCK" if facts.adobe == 2 else "CMYK")
     if warning:
-        note = f"decodes with a warning: {warning}"
+        note = f"{WARNING_NOTE}: {warning}"
         decoded = replace(decoded, flags=decoded.flags | Flag.WARNED, notes=[*decoded.notes, note])
     return _rotate(decoded, facts.orientation)
 
@@ -395,10 +398,15 @@ def _by_pillow(data: bytes) -> Decoded:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             check_size(image.height, image.width)
-            decoded = _as_rgb(image, deep=_bits(image, data) == 16)
+            deep = _bits(image, data) == 16
             if is_jpeg(data):
-                return decoded
-            return _rotate(decoded, _pillow_orientation(image))
+                return _as_rgb(image, deep=deep)
+            asked = _pillow_orientation(image)
+            decoded = _as_rgb(image, deep=deep)
+            # Pillow turns a TIFF while it loads its pixels, and takes the request away.
+            if _pillow_orientation(image) != asked:
+                return _note_turn(decoded, asked)
+            return _rotate(decoded, asked)
     except MemoryError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -479,13 +487,13 @@ def _rotate(decoded: Decoded, orientation: int) -> Decoded:
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
+    return _note_turn(replace(decoded, pixels=np.ascontiguousarray(pixels)), orientation)
+
+
+def _note_turn(decoded: Decoded, orientation: int) -> Decoded:
     note = f"turned by EXIF orientation {orientation}"
-    return replace(
-        decoded,
-        pixels=np.ascontiguousarray(pixels),
-        flags=decoded.flags | Flag.ROTATED,
-        notes=[*decoded.notes, note],
-    )
+    flags = decoded.flags | Flag.ROTATED
+    return replace(decoded, flags=flags, notes=[*decoded.notes, note])
 
 
 def _note_mode(decoded: Decoded, mode: str) -> Decoded:

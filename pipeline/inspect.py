@@ -21,6 +21,7 @@ from backmix.pipeline.beton import (
     printable,
     subsampling,
 )
+from backmix.pipeline.options import usable_cores
 
 _CLASS_ROWS = 20
 """Most classes that are listed one by one."""
@@ -56,7 +57,7 @@ def verify(
 
     Raises ValueError or OSError, as `open_set` does, if a file's header or tables are damaged.
     """
-    with open_set(paths) as data, ThreadPoolExecutor(_cores()) as threads:
+    with open_set(paths) as data, ThreadPoolExecutor(usable_cores()) as threads:
         problems: list[str] = []
         bad: list[int] = []
         tasks = range(0, data.n, _TASK_SAMPLES)
@@ -72,11 +73,6 @@ def verify(
             threads.shutdown(wait=True, cancel_futures=True)
             raise
         return problems + _check_pages(data, set(data.pages[bad].tolist()))
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- verify ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.ffcv_loader import FfcvLoader
-from backmix.pipeline.options import LoaderOptions
+from backmix.pipeline.options import LoaderOptions, refuse_unknown_choices
 from backmix.pipeline.plan import Plan
 from backmix.pipeline.resident import ResidentLoader
 from backmix.pipeline.subset import Subset
@@ -24,6 +24,9 @@ from backmix.pipeline.turbo import TurboLoader
 
 LARGEST_AUTOMATIC_POOL = 2 << 30
 """Bytes of the largest pool that `auto` keeps resident."""
+MOST_THREADS = 1024
+LARGEST_VIEW = 16_384
+"""Longest side of a view [pixels]: 805 MB."""
 
 
 class Loader(Protocol):
@@ -151,20 +154,30 @@ def _check(options: LoaderOptions, split: str, seed: int, rank: int, world: int)
         if not condition:
             raise ValueError(problem)
 
+    refuse_unknown_choices(options, "--loader.")
     low, high = options.scale
     narrow, wide = options.ratio
     require(split in ("train", "eval"), f"the split must be train or eval, got {split!r}")
     require(options.batch >= 1, f"--loader.batch must be at least 1, got {options.batch}")
-    require(options.size >= 1, f"--loader.size must be at least 1 pixel, got {options.size}")
+    require(
+        1 <= options.size <= LARGEST_VIEW,
+        f"--loader.size must be 1 to {LARGEST_VIEW} pixels, got {options.size}",
+    )
     require(
         0 < low <= high <= 1, f"--loader.scale must be two shares 0 < a <= b <= 1, got {low} {high}"
     )
-    require(0 < narrow <= wide, f"--loader.ratio must be 0 < a <= b, got {narrow} {wide}")
+    require(
+        1e-3 <= narrow <= wide <= 1e3,
+        f"--loader.ratio must be 0.001 <= a <= b <= 1000, got {narrow} {wide}",
+    )
     require(
         0 < options.eval_crop <= 1, f"--loader.eval-crop must be in (0, 1], got {options.eval_crop}"
     )
     require(options.window >= 1, f"--loader.window must be at least 1 page, got {options.window}")
-    require(options.threads >= 0, f"--loader.threads must be 0 or more, got {options.threads}")
+    require(
+        0 <= options.threads <= MOST_THREADS,
+        f"--loader.threads must be 0 to {MOST_THREADS}, got {options.threads}",
+    )
     require(options.prefetch >= 0, f"--loader.prefetch must be 0 or more, got {options.prefetch}")
     require(0 <= options.max_bad <= 1, f"--loader.max-bad must be in [0, 1], got {options.max_bad}")
     require(options.group >= 0, f"--loader.group must be 0 or more, got {options.group}")

@@ -1,8 +1,9 @@
 """The options of conversion and loading; standard library only, so that `--help` stays instant."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +75,24 @@ class LoaderOptions:
     """Share of an epoch that may be replaced before the run stops."""
     verify: bool = True
     """Check every sample's checksum when it is read."""
+
+
+def refuse_unknown_choices(options: Any, prefix: str) -> None:
+    """Raise ValueError for a field whose value is none of its choices.
+
+    The command line never lets one through; calls from Python can.
+
+    Args:
+        options: one of the dataclasses above.
+        prefix: what stands before the field's name in the message, as on the command line.
+    """
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            flag = prefix + field.name.replace("_", "-")
+            raise ValueError(f"{flag} must be {', '.join(get_args(field.type))}; not {value!r}")
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,13 +6,14 @@ the whole training set rather than from the batch.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backmix.pipeline.batch import Batch, Place
+from backmix.pipeline.batch import Batch, HostRows, Place
 from backmix.pipeline.decode import cut, decoding_threads, read_image
 from backmix.pipeline.plan import Plan
 from backmix.pipeline.subset import Subset
@@ -22,6 +23,8 @@ CHUNK = 1024
 """Images decoded before they are copied to a device that is not the host."""
 SHARE = 0.7
 """Most of the free memory that a pool may take."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container's own limit is found."""
 
 
 class ResidentLoader:
@@ -96,6 +99,7 @@ class ResidentLoader:
                 status=to_device(status, self.device),
                 group=0,
                 place=part.place,
+                host=HostRows(self._pool_index, rows),
             )
 
     def close(self) -> None:
@@ -110,7 +114,13 @@ class ResidentLoader:
 
     def _decode_all(self, progress: Callable[[int, int], None] | None) -> Tensor:
         n, size = len(self.subset), self.plan.options.size
-        pool = torch.zeros(n, size, size, 3, dtype=torch.uint8, device=self.device)
+        try:
+            pool = torch.zeros(n, size, size, 3, dtype=torch.uint8, device=self.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{n} images of {size} x {size} pixels do not fit the memory of {self.device}: "
+                "choose --loader.loader turbo, or a smaller --loader.size"
+            ) from error
         on_host = self.device.type == "cpu"
         with decoding_threads(self.plan.options.threads) as threads:
             for first in range(0, n, CHUNK):
@@ -184,12 +194,12 @@ def _free_memory(device: torch.device) -> int | None:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":") for line in file)
         free.append(int(lines["MemAvailable"].split()[0]) * 1024)
-        # A container's own limit; "max" where there is none.
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
+        limit = (CGROUP / "memory.max").read_text("ascii").strip()
         if limit != "max":
+            used = int((CGROUP / "memory.current").read_text("ascii"))
+            # Files that were read lately count as used, and go when the memory is wanted.
+            statistics = (CGROUP / "memory.stat").read_text("ascii").splitlines()
+            used -= int(dict(line.split() for line in statistics).get("inactive_file", 0))
             free.append(max(0, int(limit) - used))
     except (OSError, KeyError, ValueError):
         pass

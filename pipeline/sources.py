@@ -7,14 +7,19 @@ pickles of CIFAR's python form are read by an unpickler that knows three inert n
 
 import os
 import pickle
+import pickletools
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from backmix.pipeline import images
+from backmix.pipeline.writer import MAX_NAME
 
 SCHEMES = """folder:DIR             class folders of images
 tar:FILE//PREFIX       class folders inside a plain tar
@@ -25,6 +30,7 @@ tinyimagenet:DIR       Tiny-ImageNet-200 as published; tinyimagenet:DIR//val"""
 MAX_CLASS_NAME = 255
 """Longest class name [bytes of UTF-8]."""
 _MAX_NOTED = 5
+_MAX_DEPTH = 100  # folders inside each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +53,12 @@ class Item:
         """Return the encoded image, or its first `limit` bytes.
 
         Raises:
-            ValueError: it is larger than `images.MAX_BYTES`.
+            ValueError: it is no regular file, or larger than `images.MAX_BYTES`.
             OSError: the file cannot be read, or is shorter than it was.
         """
+        # Before it is opened: that would wait for ever for the other end of a pipe.
+        if not stat.S_ISREG(os.stat(self.path).st_mode):
+            raise ValueError("it is not a regular file")
         with open(self.path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size if self.size is None else self.size
             if size > images.MAX_BYTES:
@@ -108,19 +117,22 @@ def read_classes(path: Path) -> list[str]:
     Raises:
         ValueError: no names, a name twice, or a name that cannot be one.
     """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in _lines(path) if line.strip()]
     if not names:
         raise ValueError(f"{path} names no class; write one class name a line")
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 10_000 else []
-    if twice or len(set(names)) < len(names):
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
         raise ValueError(f"{path} names a class twice: {_some(twice)}")
     for name in names:
         _check_class_name(name, str(path))
     return names
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 class Items(Sequence[Item]):
@@ -154,7 +166,7 @@ def _open_folder(spec: str, rest: str, classes: list[str] | None) -> Source:
     folders: list[str] = []
     stray: list[str] = []
     for entry in _entries(root):
-        (folders if entry.is_dir() else stray).append(entry.name)
+        (folders if _is_folder(entry) else stray).append(entry.name)
     listing = _Listing(root)
     for name in sorted(folders):
         listing.add_class(name)
@@ -181,17 +193,26 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself: taken for a file, it fails later with its name
+        return False
+
+
 def _walk(root: str, below: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """Yield the files below `root/below` as paths relative to `root`, links followed."""
     status = os.stat(f"{root}/{below}")
     here = (status.st_dev, status.st_ino)
     if here in above:
         raise ValueError(f"{root}/{below} is a link to a folder that it lies in; remove the link")
+    if len(above) == _MAX_DEPTH:
+        raise ValueError(f"{root}/{below} lies more than {_MAX_DEPTH} folders deep")
     for entry in _entries(f"{root}/{below}"):
         path = f"{below}/{entry.name}"
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(root, path, (*above, here))
-        elif entry.is_file() or entry.is_symlink():  # a dangling link fails later, with its name
+        elif entry.is_symlink() or entry.is_file():  # a dangling link fails later, with its name
             yield path
 
 
@@ -224,7 +245,9 @@ class _Listing:
                 f"{self.where} holds no images in class folders{seen if self.ignored else ''}; "
                 f"files are taken by their endings: {' '.join(sorted(images.SUFFIXES))}"
             )
-        classes = _class_list(sorted(self._names), wanted, self.where)
+        # A folder without images is a class of its own, but nothing that a list has to name.
+        found = sorted(name for name, files in self._names.items() if files or wanted is None)
+        classes = _class_list(found, wanted, self.where)
         notes = _note("class without images", [c for c in classes if not self._names.get(c)])
         notes += _note("file left out (no image by its ending)", self.ignored)
         names: list[str] = []
@@ -297,6 +320,7 @@ def _open_tar(spec: str, rest: str, classes: list[str] | None) -> Source:
     listing = _Listing(where)
     found: dict[str, tuple[int, int]] = {}
     links: list[str] = []
+    others: list[str] = []
     inside = prefix + "/" if prefix else ""
     outside = ""
     for member in _tar_members(path):
@@ -312,6 +336,8 @@ def _open_tar(spec: str, rest: str, classes: list[str] | None) -> Source:
             listing.add_class(parts[0])
         elif member.kind == "link":
             links.append(name)
+        elif member.kind == "other":
+            others.append(name)
         elif len(parts) == 1:
             listing.ignored.append(name)
         else:
@@ -323,6 +349,7 @@ def _open_tar(spec: str, rest: str, classes: list[str] | None) -> Source:
         raise ValueError(f"{path} holds no files in folders below {prefix}, but {outside!r}, ...")
     names, labels, known, notes = listing.finish(classes)
     notes += _note("link inside the tar left out", links)
+    notes += _note("special file inside the tar left out", others)
     places = np.array([found[name] for name in names], np.int64)
     del found
 
@@ -356,7 +383,7 @@ def _tar_members(path: str) -> Iterator[_Member]:
     """Yield the members of a plain tar by reading its headers only.
 
     Raises:
-        ValueError: no tar, compressed, damaged, truncated, or with sparse members.
+        ValueError: no tar, compressed, damaged, truncated, or with sparse members or endless names.
     """
     with open(path, "rb", buffering=0) as file:
         descriptor = file.fileno()
@@ -400,22 +427,28 @@ def _tar_members(path: str) -> Iterator[_Member]:
             if kind == b"S" or any(key.startswith("GNU.sparse") for key in extended):
                 raise ValueError(f"{path}: the member at byte {at} is sparse; repack without -S")
             name = extended.get("path") or _ustar_name(header)
+            if len(os.fsencode(name)) > MAX_NAME:
+                raise ValueError(
+                    f"{path}: the member at byte {at} has a name of more than {MAX_NAME} bytes: "
+                    f"{name[:60]!r}..."
+                )
             yield _Member(_clean(name), _kind(kind, name), body, size)
             extended = {}
             at = following
 
 
 def _check_header(header: bytes, path: str, at: int) -> None:
-    # The checksum is the sum of all bytes with its own eight read as spaces; old writers summed
-    # signed bytes.
+    # The checksum is the sum of all bytes with its own eight read as spaces.
     field_ = header[148:156].strip(b" \0")
     try:
         stored = int(field_, 8)
     except ValueError:
         stored = -1
     total = sum(header) - sum(header[148:156]) + 8 * 32
-    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
-    if stored in (total, signed):
+    if stored == total:
+        return
+    # Old writers summed signed bytes.
+    if stored == total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
         return
     if at == 0:
         for magic, program in _COMPRESSED.items():
@@ -491,6 +524,7 @@ def _kind(flag: bytes, name: str) -> str:
 # hold 32 x 32 pictures as a red, a green and a blue plane.
 _PLANES = (3, 32, 32)
 _PICTURE = 3 * 32 * 32
+_MAX_PICKLE = 1 << 30  # the largest official batch has 155 MB
 
 
 @dataclass(frozen=True)
@@ -657,16 +691,21 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        try:
-            # encoding: the official files were written by Python 2, whose strings are bytes.
-            content = _Unpickler(file, encoding="bytes").load()
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever a damaged pickle makes the unpickler stumble over
-            raise ValueError(
-                f"{path} is no CIFAR batch, or is damaged ({error}); nothing in it was executed"
-            ) from error
+    if path.stat().st_size > _MAX_PICKLE:
+        raise ValueError(f"{path} is no CIFAR batch: it has more than {_MAX_PICKLE:,} bytes")
+    data = path.read_bytes()
+    try:
+        # First without building anything: this finds lengths beyond the end of the file. Numbers
+        # of the memo count its entries, yet the unpickler makes room for any.
+        for opcode, number, at in pickletools.genops(data):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(data):
+                raise ValueError(f"memo entry {number} at byte {at}")
+        # encoding: the official files were written by Python 2, whose strings are bytes.
+        content = _Unpickler(BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # whatever a damaged pickle makes the unpickler stumble over
+        raise ValueError(
+            f"{path} is no CIFAR batch, or is damaged ({error}); nothing in it was executed"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no CIFAR batch: it holds no dictionary")
     return {_string(key): value for key, value in content.items()}
@@ -697,13 +736,13 @@ def _open_tinyimagenet(spec: str, rest: str, classes: list[str] | None) -> Sourc
     for wnid, name in found:
         if wnid not in every:
             raise ValueError(f"{root}/{name}: its class {wnid} is not in {listed}")
+    if not found:
+        raise ValueError(f"{root}/{part} holds no images")
     present = sorted({wnid for wnid, _ in found})
     known = every if classes is None else _class_list(present, classes, f"{root}/{part}")
     label_of = {wnid: label for label, wnid in enumerate(known)}
     names = [name for _, name in found]
     labels = [label_of[wnid] for wnid, _ in found]
-    if not names:
-        raise ValueError(f"{root}/{part} holds no images")
     order = sorted(range(len(names)), key=lambda i: (labels[i], names[i]))
     notes = _note("class without images", [wnid for wnid in known if wnid not in present])
 
@@ -719,7 +758,7 @@ def _tiny_train(root: str) -> Iterator[tuple[str, str]]:
     if not os.path.isdir(f"{root}/train"):
         raise ValueError(f"{root}/train is missing; tinyimagenet:DIR needs the official layout")
     for folder in _entries(f"{root}/train"):
-        if folder.is_dir() and os.path.isdir(f"{folder.path}/images"):
+        if _is_folder(folder) and os.path.isdir(f"{folder.path}/images"):
             for entry in _entries(f"{folder.path}/images"):
                 if _suffix(entry.name) in images.SUFFIXES:
                     yield folder.name, f"train/{folder.name}/images/{entry.name}"
@@ -731,7 +770,7 @@ def _tiny_val(root: str) -> Iterator[tuple[str, str]]:
     if not annotations.is_file():
         raise ValueError(f"{annotations} is missing; it holds the labels of the val part")
     class_of: dict[str, str] = {}
-    for number, line in enumerate(annotations.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(annotations), 1):
         file, *columns = line.split("\t")
         if not columns:
             raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backmix.pipeline.batch import Batch
+from backmix.pipeline.batch import Batch, HostRows
 from backmix.pipeline.decode import cut, read_image
 from backmix.pipeline.plan import Part, Plan
 
@@ -40,9 +40,16 @@ def empty_views(plan: Plan, part: Part, *, pinned: bool = False) -> Views:
     """Return the views of a part with everything known but the pixels."""
     index = plan.subset.index[part.positions]
     size = plan.options.size
+    try:
+        pixels = torch.empty(len(index), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{len(index)} images of {size} x {size} pixels do not fit the memory: lower "
+            "--loader.batch, --loader.size or --loader.prefetch"
+        ) from error
     return Views(
         part,
-        torch.empty(len(index), size, size, 3, dtype=torch.uint8, pin_memory=pinned),
+        pixels,
         index,
         plan.subset.labels[part.positions],
         plan.boxes(part.place, index),
@@ -147,6 +154,7 @@ def as_batch(plan: Plan, views: Views, device: torch.device) -> Batch:
         status=to_device(views.status[kept], device),
         group=plan.group,
         place=views.part.place,
+        host=HostRows(views.index[kept], np.arange(len(kept))),
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from backmix.pipeline.beton import open_beton
 from backmix.pipeline.convert import convert
-from backmix.pipeline.options import ConvertOptions
+from backmix.pipeline.options import ConvertOptions, usable_cores
 from backmix.train.checkpoint import write_atomically
 from backmix.train.demo_data import BACKGROUNDS, SIZES, background_of, write_demo_data
 from backmix.train.log import read_status
@@ -112,7 +112,7 @@ def run_demo(
         prepare_data(folder, seed)
 
     left = [job for seed, folder in zip(seeds, folders, strict=True) for job in jobs(folder, seed)]
-    workers = max(1, min(workers or len(os.sched_getaffinity(0)), len(left)))
+    workers = max(1, min(workers or usable_cores(), len(left)))
     say(f"2/4 training and evaluating {len(left)} small networks, {workers} at a time")
     run_jobs(left, workers, say)
 

@@ -1,7 +1,6 @@
 """config.json: what a run was asked to be, what that became on this machine, and from what data."""
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backmix.pipeline.beton import BetonSet
+from backmix.pipeline.options import usable_cores
 from backmix.train.checkpoint import has_checkpoint, write_atomically
 from backmix.train.options import MAY_CHANGE, Run
 
@@ -46,7 +46,7 @@ def resolve(run: Run) -> Resolved:
         precision = before["precision"] if precision == "auto" else precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-    return Resolved(str(precision), device, threads or len(os.sched_getaffinity(0)))
+    return Resolved(str(precision), device, threads or usable_cores())
 
 
 def has_bf16(device: str) -> bool:

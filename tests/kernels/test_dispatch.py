@@ -50,6 +50,19 @@ def test_the_environment_is_read() -> None:
     assert "BACKMIX_KERNELS=triton: the Triton form" in found.stderr
 
 
+def test_an_empty_environment_variable_is_no_wish() -> None:
+    code = "from backmix.kernels import dispatch; print(dispatch.choose(None, 'mix_background'))"
+    path = [entry for entry in sys.path if entry.endswith("src")]
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"BACKMIX_KERNELS": "", "PYTHONPATH": ":".join(path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert found.stdout == "torch\n", found.stderr
+
+
 def test_a_letter_stands_for_any_length() -> None:
     cpu = torch.device("cpu")
     for rows in (0, 3):

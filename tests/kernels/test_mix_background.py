@@ -563,7 +563,11 @@ def test_the_whole_image_is_65536_whatever_its_size() -> None:
         ({"bank_row": ints([0, 0, 0])}, TypeError, "bank_row must be int64"),
         ({"mask_cells": 13}, ValueError, r"mask_cells must be in 0\.\.12"),
         ({"mode": "gray"}, ValueError, "mode must be one of cam, inverse, none, grey"),
+        ({"mask_cells": 2.0}, TypeError, "mask_cells must be an int, got float"),
         ({"mean": (1, 2)}, ValueError, "mean must be three finite floats"),
+        ({"mean": 0.5}, ValueError, "mean must be three finite floats, got 0.5"),
+        ({"std": 1}, ValueError, "std must be three finite floats, got 1"),
+        ({"std": "abc"}, ValueError, "std must be three finite floats"),
         ({"std": (1, 0, 1)}, ValueError, "std must be above 0"),
         ({"fill": "gray"}, ValueError, "fill must be three floats or 'keep'"),
         ({"fill": (0, 0, float("nan"))}, ValueError, "fill must be three finite floats"),
@@ -588,6 +592,14 @@ def test_a_pool_that_is_no_pool_is_named() -> None:
     case = random_case(14)
     with pytest.raises(ValueError, match="pool must be contiguous"):
         replace(case, pool=case.pool.flip(0).mT.contiguous().mT).mixed()
+    numpy_pool: Any = case.pool.numpy()
+    with pytest.raises(TypeError, match="pool must be a tensor, got ndarray"):
+        replace(case, pool=numpy_pool).mixed()
+    row: Any = 0
+    with pytest.raises(TypeError, match="target must be a tensor, got int"):
+        replace(case, target=row).mixed()
+    with pytest.raises(ValueError, match="target must have axes"):
+        replace(case, target=torch.tensor(0)).mixed()
     with pytest.raises(TypeError, match="pool must be uint8, got float32"):
         replace(case, pool=case.pool.float()).mixed()
     with pytest.raises(ValueError, match=r"pool must have shape \[P, H, W, 3\]"):

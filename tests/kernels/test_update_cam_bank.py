@@ -457,6 +457,8 @@ def test_a_gpu_gives_the_same_bank_and_never_waits() -> None:
         ({"rate": 1.5}, ValueError, r"rate must be in 0\.\.1, got 1\.5"),
         ({"rate": float("nan")}, ValueError, "rate must be in"),
         ({"rate": torch.zeros(1)}, ValueError, "rate must have shape"),
+        ({"rate": "x"}, TypeError, "rate must be a float or a tensor, got str"),
+        ({"labels": 0}, TypeError, "labels must be a tensor, got int"),
         ({"rate": torch.zeros((), dtype=torch.float64)}, TypeError, "rate must be float32"),
         ({"normalise": "class"}, ValueError, "normalise must be image or none"),
         ({"backend": "triton"}, ValueError, "Triton form of update_cam_bank"),

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import struct
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,8 @@ def test_the_manifest_says_of_every_image_what_was_done(tmp_path: Path) -> None:
     out = tmp_path / "out.beton"
     summary = run(tmp_path / "set", out, on_error="skip")
     *rows, total = manifest(out)
+    with open_beton(out) as data:
+        digest = data.digest
     by_name = {row["name"]: row for row in rows}
     assert list(by_name) == sorted([*files, "b/broken.jpg"])
     assert [row["sample"] for row in rows if row["sample"] is not None] == list(range(11))
@@ -131,6 +135,7 @@ def test_the_manifest_says_of_every_image_what_was_done(tmp_path: Path) -> None:
             "skipped": 1,
             "page_size": 1 << 21,
             "modes": {"jpg": 4, "raw": 7},
+            "digest": digest,
         }
     }
     assert "left out 1:\n  b/broken.jpg: truncated JPEG" in str(summary)
@@ -276,6 +281,54 @@ def test_a_sample_larger_than_expected_enlarges_the_pages(tmp_path: Path) -> Non
     assert summary.out.stat().st_size == summary.bytes, "the earlier file is untouched"
 
 
+def png_header(height: int, width: int) -> bytes:
+    """Return the first bytes of a PNG that claims this size."""
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIB", 13, b"IHDR", width, height, 8)
+
+
+def test_a_claim_of_an_absurd_size_stops_neither_the_others_nor_enlarges_their_pages(
+    tmp_path: Path,
+) -> None:
+    files = {
+        "a/0.jpg": jpeg(),
+        "a/1.png": png_header(100_000, 100_000),
+        "a/2.png": png_header(12_000, 12_000),
+    }
+    write_files(tmp_path / "set", files)
+    summary = run(tmp_path / "set", on_error="skip")
+    assert [name for name, _ in summary.skipped] == ["a/1.png", "a/2.png"]
+    assert (summary.written, summary.page_size) == (1, 1 << 21)
+    with pytest.raises(ValueError, match=r"a/1\.png: "):
+        run(tmp_path / "set", force=True)
+
+
+def test_large_images_raise_no_warnings_of_pillow(tmp_path: Path) -> None:
+    bmp = struct.pack("<2sIHHI", b"BM", 0, 0, 0, 54)
+    bmp += struct.pack("<IiiHHIIiiII", 40, 10_000, 10_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    write_files(tmp_path / "set", {"a/0.jpg": jpeg(), "a/1.bmp": bmp})
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run(tmp_path / "set", on_error="skip")
+    assert not seen
+
+
+def test_an_image_that_is_encoded_anew_is_no_longer_flagged_for_its_warning(tmp_path: Path) -> None:
+    write_files(tmp_path / "set", {"a/0.jpg": with_stray_bytes(jpeg())})
+    for mode, flagged in (("auto", True), ("jpg", False)):
+        summary = run(tmp_path / "set", mode=mode, force=True)
+        assert summary.warned == 1
+        with open_beton(summary.out) as data:
+            assert data.flags is not None
+            assert bool(data.flags[0] & Flag.WARNED) == flagged
+
+
+def test_names_reach_the_terminal_without_control_characters(tmp_path: Path) -> None:
+    write_files(tmp_path / "set", {"a/0.jpg": jpeg(), "a/1\x1b[2J.jpg": b"?"})
+    assert "left out 1:\n  a/1\\x1b[2J.jpg: " in str(run(tmp_path / "set", on_error="skip"))
+    with pytest.raises(ValueError, match=r"a/1\\x1b\[2J\.jpg: not an image"):
+        run(tmp_path / "set", force=True)
+
+
 def test_a_class_list_fixes_labels_and_names(tmp_path: Path) -> None:
     class_folders(tmp_path / "set", ["cat", "dog"], each=1)
     (tmp_path / "list").write_text("dog\nemu\ncat\n")
@@ -316,9 +369,15 @@ def test_a_file_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
         ({"quality": 101}, "--quality"),
         ({"max_side": 0}, "--max-side"),
         ({"compress_probability": 1.5}, "--compress-probability"),
-        ({"smart_threshold": -1}, "--smart-threshold"),
+        ({"mode": "smart", "smart_threshold": -1}, "--smart-threshold"),
         ({"workers": -1}, "--workers"),
         ({"page_size": 3_000_000}, "page size"),
+        ({"page_size": 0}, "page size"),
+        ({"mode": "raw", "quality": 90}, "--quality has no effect with --mode raw"),
+        ({"smart_threshold": 9}, "--smart-threshold needs --mode smart"),
+        ({"mode": "jpeg"}, "--mode must be auto, jpg, raw, smart, proportion; not 'jpeg'"),
+        ({"check": "fast"}, "--check must be"),
+        ({"on_error": "ignore"}, "--on-error must be"),
         ({"seed": -1, "mode": "proportion"}, "seed"),
     ],
 )

@@ -1,6 +1,7 @@
 """Conversions that are killed, starved of disk, or fed with damage leave nothing half done."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from backmix.pipeline import convert as module
 from backmix.pipeline.beton import open_beton
 from backmix.pipeline.convert import convert
 from backmix.pipeline.options import ConvertOptions
-from tests.images import class_folders, jpeg, photograph, write_files
+from tests.images import class_folders, jpeg, photograph, tar, write_files
 
 PACKAGE = Path(module.__file__).parents[2]
 
@@ -36,6 +37,24 @@ try:
 except KeyboardInterrupt as stop:
     print("stopped", stop, flush=True)
     sys.exit(130)
+"""
+
+# Is killed in front of the rename with that number: 0 the manifest's, 1 the file's.
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from backmix.pipeline.convert import convert
+from backmix.pipeline.options import ConvertOptions
+
+replace, numbers = os.replace, iter(range(9))
+
+def killed(*names):
+    if next(numbers) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+
+os.replace = killed
+convert(f"folder:{sys.argv[1]}", Path(sys.argv[2]), ConvertOptions(workers=1, force=True))
 """
 
 # A worker that dies by SIGKILL over one file, as the kernel kills when memory runs out.
@@ -150,20 +169,33 @@ def test_a_killed_run_leaves_parts_only_and_the_next_one_removes_them(tmp_path: 
     assert names(out.parent) == ["o.beton", "o.beton.jsonl"]
 
 
-def test_a_kill_at_the_very_end_leaves_the_old_pair_or_the_new_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("moment", "samples", "fits"), [(0, 2, True), (1, 2, False), (2, 8, True)])
+def test_a_kill_between_the_two_names_is_seen_by_the_digest(
+    tmp_path: Path, moment: int, samples: int, fits: bool
+) -> None:
     class_folders(tmp_path / "old", each=1)
     class_folders(tmp_path / "new", each=4)
     (tmp_path / "out").mkdir()
     out = tmp_path / "out" / "o.beton"
     convert(f"folder:{tmp_path}/old", out, ConvertOptions(workers=1))
-    for delay in (0.02, 0.03, 0.035, 0.04):
-        process = start(tmp_path / "new", out)
-        wait_for(process, "8")
-        time.sleep(delay)
-        process.kill()
-        process.communicate(timeout=60)
-        with open_beton(out) as data:
-            assert data.n in (2, 8)
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", KILLED_AT, str(tmp_path / "new"), str(out), str(moment)],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE)},
+        timeout=60,
+    )
+    assert ran.returncode == (0 if moment == 2 else -signal.SIGKILL)
+    with open_beton(out) as data:
+        assert data.n == samples
+        assert (noted_digest(out) == data.digest) == fits
+    convert(f"folder:{tmp_path}/new", out, ConvertOptions(workers=1, force=True))
+    with open_beton(out) as data:
+        assert noted_digest(out) == data.digest
+    assert names(out.parent) == ["o.beton", "o.beton.jsonl"]
+
+
+def noted_digest(out: Path) -> str:
+    last = Path(f"{out}.jsonl").read_text().splitlines()[-1]
+    return json.loads(last)["total"]["digest"]
 
 
 def test_a_failed_run_keeps_the_file_it_was_to_replace(tmp_path: Path) -> None:
@@ -190,6 +222,39 @@ def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
         assert data.n == 2
     with pytest.raises(ValueError, match="is not a folder; create it first"):
         convert(f"folder:{tmp_path}/set", tmp_path / "no" / "o.beton", ConvertOptions())
+
+
+def test_a_manifest_is_kept_without_force_unless_a_killed_run_left_it(tmp_path: Path) -> None:
+    class_folders(tmp_path / "set", each=1)
+    out, manifest = tmp_path / "o.beton", tmp_path / "o.beton.jsonl"
+    for mine in ("my notes\n", 9999 * "[", '{"a": 1}\n', "[1]\n", ""):
+        manifest.write_text(mine)
+        with pytest.raises(ValueError, match=r"o\.beton\.jsonl exists already.*--force"):
+            convert(f"folder:{tmp_path}/set", out, ConvertOptions(workers=1))
+        assert manifest.read_text() == mine
+    convert(f"folder:{tmp_path}/set", out, ConvertOptions(workers=1, force=True))
+    out.unlink()
+    convert(f"folder:{tmp_path}/set", out, ConvertOptions(workers=1))
+    assert names(tmp_path) == ["o.beton", "o.beton.jsonl", "set"]
+
+
+def test_a_name_that_cannot_be_written_is_refused_before_the_source_is_read(tmp_path: Path) -> None:
+    missing = f"folder:{tmp_path}/nowhere"
+    for name in ("a.beton", "b.beton.jsonl"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=f"{name} is a folder"):
+            convert(missing, tmp_path / name.removesuffix(".jsonl"), ConvertOptions(force=True))
+    with pytest.raises(OSError, match="File name too long"):
+        convert(missing, tmp_path / (250 * "x"), ConvertOptions())
+
+
+def test_the_tar_that_is_read_is_not_replaced(tmp_path: Path) -> None:
+    source = tar(tmp_path / "set.tar", {"a/0.jpg": jpeg()})
+    before = source.read_bytes()
+    (tmp_path / "o.beton").symlink_to(source)
+    with pytest.raises(ValueError, match="is the source itself"):
+        convert(f"tar:{source}", tmp_path / "o.beton", ConvertOptions(force=True))
+    assert source.read_bytes() == before
 
 
 def test_the_error_of_the_first_bad_image_wins_whatever_the_workers(tmp_path: Path) -> None:

@@ -328,3 +328,10 @@ def test_what_cannot_be_mixed_is_refused():
         mix(3, patch=6)
     with pytest.raises(ValueError, match="labels"):
         mix(3, donor_class="same")
+    with pytest.raises(ValueError, match="inside, clipped; got 'outside'"):
+        mix(3, position="outside")
+    with pytest.raises(ValueError, match="any, other, same; got 'none'"):
+        mix(3, donor_class="none")
+    for probability in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="probability"):
+            mix(3, probability=probability)

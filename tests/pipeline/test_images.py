@@ -178,8 +178,9 @@ def test_orientation_is_applied_as_pillow_applies_it(orientation: int, form: str
         upright = np.asarray(ImageOps.exif_transpose(image))
     np.testing.assert_array_equal(decoded.pixels, upright)
     assert decoded.pixels.flags.c_contiguous
-    if form != "TIFF":  # Pillow turns TIFFs while it reads them
-        assert bool(decoded.flags & Flag.ROTATED) == (orientation != 1)
+    assert bool(decoded.flags & Flag.ROTATED) == (orientation != 1)
+    note = f"turned by EXIF orientation {orientation}"
+    assert decoded.notes == ([note] if orientation != 1 else [])
 
 
 def test_lossless_formats_keep_their_pixels() -> None:

@@ -94,7 +94,7 @@ def test_a_training_batch_is_the_next_part_of_the_order(photos, crop):
             assert batch.rows.tolist() == list(range(n)) and batch.group == 8
             assert batch.pool_index.tolist() == batch.index.tolist()
             assert not batch.status.any()
-            kinds = [getattr(batch, name).dtype for name in FIELDS[:-2]]
+            kinds = [getattr(batch, name).dtype for name in FIELDS[:8]]
             int64, int32, uint8 = torch.int64, torch.int32, torch.uint8
             assert kinds == [uint8, int64, int64, int64, int64, int32, int32, uint8]
 
@@ -509,6 +509,14 @@ def test_a_set_without_a_good_image_ends_with_a_message(tmp_path):
     [
         ({"batch": 0}, "--loader.batch must be at least 1"),
         ({"size": 0}, "--loader.size"),
+        ({"size": 1_000_000}, "--loader.size must be 1 to 16384 pixels"),
+        ({"loader": "dali"}, "--loader.loader must be auto, resident, turbo, ffcv; not 'dali'"),
+        ({"crop": "center"}, "--loader.crop must be"),
+        ({"order": "none"}, "--loader.order must be"),
+        ({"on_bad": "skip"}, "--loader.on-bad must be"),
+        ({"ratio": (0.5, float("inf"))}, "--loader.ratio"),
+        ({"ratio": (1e-9, 1.0)}, "--loader.ratio"),
+        ({"threads": 20_000}, "--loader.threads must be 0 to 1024"),
         ({"scale": (0.0, 1.0)}, "--loader.scale"),
         ({"scale": (0.5, 0.2)}, "--loader.scale"),
         ({"ratio": (0.0, 1.0)}, "--loader.ratio"),
@@ -561,6 +569,36 @@ def test_the_free_memory_of_this_machine_is_known():
     free = resident._free_memory(torch.device("cpu"))
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert free is not None and 0 < free < installed
+
+
+def test_a_container_s_page_cache_counts_as_free(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 700000\nfile 800000\n")
+    monkeypatch.setattr(resident, "CGROUP", tmp_path)
+    assert resident._free_memory(torch.device("cpu")) == 800_000
+
+
+@pytest.mark.parametrize(("loader", "function"), [("turbo", "empty"), ("resident", "zeros")])
+def test_memory_that_torch_does_not_get_is_told_in_a_sentence(
+    photos, loader, function, monkeypatch
+):
+    def refuse(*shape, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(ValueError, match=r"images of 24 x 24 pixels do not fit .*--loader.size"):
+        monkeypatch.setattr(torch, function, refuse)
+        with open_loader(photos, options(loader)) as opened:
+            read(opened, Place(0))
+
+
+def test_threads_that_cannot_start_are_told_in_a_sentence(photos, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(OSError, match=r"cannot start 2 threads .*--loader.threads"):
+        open_loader(photos, options())
 
 
 def test_auto_is_resident_for_small_whole_images_in_training_and_else_turbo(photos):

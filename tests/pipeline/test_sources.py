@@ -68,11 +68,38 @@ def test_links_are_followed_and_a_loop_is_an_error(tmp_path: Path) -> None:
         open_source(f"folder:{tmp_path}/data")
 
 
+def test_a_link_to_itself_and_one_to_a_pipe_fail_at_their_turn(tmp_path: Path) -> None:
+    write_files(tmp_path, {"data/cat/0.jpg": b"zero"})
+    (tmp_path / "data" / "cat" / "1.jpg").symlink_to("1.jpg")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "data" / "cat" / "2.jpg").symlink_to(tmp_path / "pipe")
+    good, loop, pipe = open_source(f"folder:{tmp_path}/data").items
+    assert good.read() == b"zero"
+    with pytest.raises(OSError, match=r"1\.jpg"):
+        loop.read()
+    with pytest.raises(ValueError, match="not a regular file"):
+        pipe.read()
+
+
+def test_folders_without_end_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path
+    for _ in range(101):
+        folder = folder / "a"
+    folder.mkdir(parents=True)
+    (folder / "x.jpg").write_bytes(b"?")
+    with pytest.raises(ValueError, match="more than 100 folders deep"):
+        open_source(f"folder:{tmp_path}")
+    os.rename(tmp_path / "a" / "a", tmp_path / "b")
+    assert len(open_source(f"folder:{tmp_path}").items) == 1
+
+
 def test_a_class_list_fixes_the_labels(tmp_path: Path) -> None:
     class_folders(tmp_path, ["cat", "dog"], each=1)
     source = open_source(f"folder:{tmp_path}", ["dog", "emu", "cat"])
     assert source.classes == ["dog", "emu", "cat"]
     assert dict(zip(names(source), labels(source), strict=True)) == {"dog/0.jpg": 0, "cat/0.jpg": 2}
+    (tmp_path / "unused").mkdir()
+    assert open_source(f"folder:{tmp_path}", ["dog", "cat"]).classes == ["dog", "cat"]
     assert source.notes == ["class without images, 1: 'emu'"]
 
 
@@ -99,6 +126,9 @@ def test_a_class_list_file_is_read_line_by_line(tmp_path: Path) -> None:
             read_classes(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="UTF-8"):
+        read_classes(path)
+    path.write_text("\n".join([*map(str, range(20_000)), "77"]))
+    with pytest.raises(ValueError, match="twice: '77'"):
         read_classes(path)
 
 
@@ -179,7 +209,12 @@ def test_of_a_name_that_occurs_twice_the_last_counts(tmp_path: Path) -> None:
 def test_links_and_empty_classes_of_a_tar_are_told(tmp_path: Path) -> None:
     path = tmp_path / "data.tar"
     with tarfile.open(path, "w") as archive:
-        for name, kind in [("cat/1.jpg", b"0"), ("cat/2.jpg", b"2"), ("emu", b"5")]:
+        for name, kind in [
+            ("cat/1.jpg", b"0"),
+            ("cat/2.jpg", b"2"),
+            ("cat/3.jpg", b"6"),
+            ("emu", b"5"),
+        ]:
             member = tarfile.TarInfo(name)
             member.type = kind
             archive.addfile(member)
@@ -188,7 +223,19 @@ def test_links_and_empty_classes_of_a_tar_are_told(tmp_path: Path) -> None:
     assert source.notes == [
         "class without images, 1: 'emu'",
         "link inside the tar left out, 1: 'cat/2.jpg'",
+        "special file inside the tar left out, 1: 'cat/3.jpg'",
     ]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_that_no_file_can_have_is_named_by_its_byte(tmp_path: Path, form: int) -> None:
+    longest = "cat/" + 4088 * "x" + ".jpg"
+    assert names(open_source(f"tar:{tar(tmp_path / 'a.tar', {longest: b'?'}, form)}")) == [longest]
+    endless = "cat/" + 4089 * "x" + ".jpg"
+    path = tar(tmp_path / "b.tar", {"cat/1.jpg": b"?", endless: b"?"}, form)
+    # A header and its block, the long name's header and its nine blocks.
+    with pytest.raises(ValueError, match="member at byte 6144 has a name of more than 4096 bytes"):
+        open_source(f"tar:{path}")
 
 
 def test_sizes_in_base_256_and_in_pax_headers_are_read(tmp_path: Path) -> None:
@@ -381,10 +428,17 @@ def test_damaged_cifar_batches_are_named(tmp_path: Path) -> None:
         (python2_pickle({b"labels": [0, -1], b"data": planes}), "label -1"),
         (python2_pickle({b"labels": [0, 1], b"data": planes[:, :300]}), "no uint8 array"),
         (b"\x80\x02].", "holds no dictionary"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "memo entry 2147483647 at byte 3"),
+        (b"\x80\x02]T\xff\xff\xff\x7fx.", "is damaged"),
+        (b"\x80\x04\x8e" + 7 * b"\xff" + b"\x7f.", "is damaged"),
     ]:
         batch.write_bytes(data)
         with pytest.raises(ValueError, match=message):
             open_source(f"cifar:{tmp_path}/py//test")
+    with open(batch, "wb") as file:
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(ValueError, match=r"test_batch .* more than 1,073,741,824 bytes"):
+        open_source(f"cifar:{tmp_path}/py//test")
     binary = tmp_path / "bin" / "test_batch.bin"
     binary.write_bytes(binary.read_bytes()[:-1])
     with pytest.raises(ValueError, match="9218 bytes, no multiple of 3073"):
@@ -443,6 +497,9 @@ def test_tiny_imagenet_refuses_what_its_lists_do_not_name(tmp_path: Path) -> Non
     write_files(tmp_path, {"train/n9/images/x.JPEG": b"?"})
     with pytest.raises(ValueError, match=r"class n9 is not in .*wnids\.txt"):
         open_source(f"tinyimagenet:{tmp_path}")
+    (tmp_path / "val" / "val_annotations.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt is not UTF-8"):
+        open_source(f"tinyimagenet:{tmp_path}//val")
     (tmp_path / "wnids.txt").unlink()
     with pytest.raises(ValueError, match=r"wnids\.txt is missing"):
         open_source(f"tinyimagenet:{tmp_path}")
