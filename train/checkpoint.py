@@ -164,9 +164,10 @@ def newest_checkpoint(
     return None, said
 
 
-def has_checkpoint(run: Path) -> bool:
-    """Return whether a run has anything to continue from."""
-    return any((run / "checkpoints").glob("step-*.safetensors"))
+def newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint, 0 where there is nothing to continue from."""
+    names = [path.name for path in (run / "checkpoints").glob("step-*.safetensors")]
+    return int(max(names).removeprefix("step-").split(".")[0]) if names else 0
 
 
 def is_locked(run: Path) -> bool:

@@ -25,9 +25,9 @@ from backmix.pipeline.subset import Subset, hold_out, select
 from backmix.train import protocols
 from backmix.train.check import check
 from backmix.train.checkpoint import (
-    has_checkpoint,
     locked,
     newest_checkpoint,
+    newest_step,
     save_checkpoint,
     write_atomically,
 )
@@ -189,14 +189,15 @@ def train(run: Run, recipe: str, command: list[str]) -> int:
         try:
             return _train_locked(run, recipe, command, progress, stop)
         except KeyboardInterrupt:
-            write_status(run.out, "stopped", 0, "interrupted twice")
-            return EXIT_STOPPED if has_checkpoint(run.out) else EXIT_INTERRUPTED
+            write_status(run.out, "stopped", newest_step(run.out), "interrupted twice")
+            return EXIT_STOPPED if newest_step(run.out) else EXIT_INTERRUPTED
         except OtherRunError:
             raise
         except Exception as error:
             if (run.out / "config.json").exists():
                 with contextlib.suppress(OSError):
-                    write_status(run.out, "failed", 0, str(error) or repr(error))
+                    step = newest_step(run.out)
+                    write_status(run.out, "failed", step, str(error) or repr(error))
             elif made:
                 shutil.rmtree(run.out, ignore_errors=True)
             if _is_out_of_memory(error):
@@ -258,7 +259,7 @@ def _go(
     named_bad = 0
     if stop:  # it came while the data were opened
         write_status(run.out, "stopped", state.step, signal.Signals(stop.signal).name)
-        return EXIT_STOPPED if has_checkpoint(run.out) else EXIT_INTERRUPTED
+        return EXIT_STOPPED if state.step else EXIT_INTERRUPTED
     for step in steps(state, loader, run, autocast):
         if step.end_of_epoch:
             row = state.epoch.take()

@@ -11,7 +11,7 @@ from typing import Any
 
 from backmix.pipeline.beton import BetonSet
 from backmix.pipeline.options import usable_cores
-from backmix.train.checkpoint import has_checkpoint, write_atomically
+from backmix.train.checkpoint import newest_step, write_atomically
 from backmix.train.options import MAY_CHANGE, Run
 
 
@@ -151,7 +151,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def _before(out: Path) -> dict[str, Any] | None:
-    return read_config(out)["resolved"] if has_checkpoint(out) else None
+    return read_config(out)["resolved"] if newest_step(out) else None
 
 
 class OtherRunError(ValueError):
@@ -166,7 +166,7 @@ def refuse_other_options(run: Run) -> None:
     Raises:
         OtherRunError: naming every option that differs.
     """
-    if has_checkpoint(run.out):
+    if newest_step(run.out):
         changed = [
             f"{name} was {old}, is {new}"
             for name, old, new in _differences(read_config(run.out)["run"], as_document(run))
@@ -181,7 +181,7 @@ def refuse_other_data_or_write(run: Run, config: Config) -> None:
     Raises:
         OtherRunError: saying what differs.
     """
-    if not has_checkpoint(run.out):
+    if not newest_step(run.out):
         text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
         write_atomically(run.out / "config.json", text.encode())
         return
