@@ -42,7 +42,11 @@ def check(run: Run) -> None:
 
 
 def _check_backmix(method: BackMix, size: int) -> None:
-    _within("method.patch", method.patch, 1, size)
+    if not 1 <= method.patch <= size:
+        raise ValueError(
+            f"--method.patch must be 1 .. {size} (--loader.size), got {method.patch}; half "
+            f"the side is {max(size // 2, 1)}, a quarter {max(size // 4, 1)}"
+        )
     _within("method.probability", method.probability, 0, 1)
     _within("method.mask-ratio", method.mask_ratio, 0, 1)
     _within("method.rate", method.rate, 0, 1)

@@ -25,7 +25,7 @@ from backmix.pipeline.batch import Batch, HostRows, Place
 from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.decode import cut, decoding_threads
 from backmix.pipeline.draws import centre_boxes, whole_boxes
-from backmix.pipeline.images import decode_rgb
+from backmix.pipeline.images import SUFFIXES, decode_rgb
 from backmix.pipeline.loader import MOST_THREADS, open_loader
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset, select
@@ -40,8 +40,6 @@ from backmix.train.scores import SCORES
 
 KNOWN, UNKNOWN = "known", "unknown"
 """Names of the known test set, and of the unknown set that the class list or a protocol makes."""
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""Files of a folder that are taken for images, in lower case."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -70,6 +68,8 @@ class BetonImages:
     files: tuple[Path, ...]
     digest: str
     subset: Subset
+    absent: int = 0
+    """Classes that were asked for and have no image in the files."""
 
     def __len__(self) -> int:
         return len(self.subset)
@@ -143,7 +143,7 @@ def evaluate(
                 for images in sets
             )
             try:
-                document = {**_header(trained, known), **judge(known, unknown)}
+                document = {**_header(trained, known, sets), **judge(known, unknown)}
             except ValueError as error:
                 raise ValueError(f"{run}: {error}") from error
             text = json.dumps(document, indent=2, allow_nan=False) + "\n"
@@ -361,7 +361,8 @@ def _samples(
 ) -> BetonImages:
     index = np.flatnonzero(np.isin(data.labels, list(classes)))
     subset = Subset(index, np.full(len(index), -1, np.int64))
-    return BetonImages(name, "unknown", files, data.digest, subset)
+    absent = len(classes) - len(np.unique(data.labels[index]))
+    return BetonImages(name, "unknown", files, data.digest, subset, absent)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -551,13 +552,22 @@ def _scored(score: Callable[[np.ndarray], np.ndarray], outputs: Outputs) -> np.n
         raise ValueError(f"set {outputs.name}: {error}") from error
 
 
-def _header(trained: Trained, known: Outputs) -> dict[str, Any]:
+def _header(
+    trained: Trained, known: Outputs, sets: Sequence[BetonImages | FolderImages]
+) -> dict[str, Any]:
     split = trained.split
     notes = []
     absent = sorted(set(range(len(trained.classes))) - set(known.labels.tolist()))
     if absent:
         names = _few([trained.classes[label] for label in absent])
         notes.append(f"the known test set has no image of {names}")
+    for images in sets:
+        if split is not None and isinstance(images, BetonImages) and images.name == UNKNOWN:
+            if images.absent:
+                notes.append(
+                    f"{images.absent} of the protocol's unknown classes have no image in the test "
+                    "files: this is not the published problem"
+                )
     if known.digest == trained.digest:
         notes.append("the known test set is the training file itself: not a test")
     if split is not None:

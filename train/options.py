@@ -91,7 +91,7 @@ class BackMix:
     mask: Literal["cam", "none", "random", "inverse", "grey", "oracle"] = "cam"
     """Which donor cells are foreground: cam: the hottest of its class activation map. none: no
     masking. random: as many at random. inverse: the coolest. grey: all, which makes the patch
-    plain fill (the Cutout control). oracle: by true foreground, from --method.masks."""
+    plain fill (the Cutout control). oracle: those with most true foreground, by --method.masks."""
     mask_ratio: float = 0.25
     """Share of the donor's cells taken as foreground."""
     fill: Literal["grey", "mean", "donor", "keep"] = "grey"

@@ -145,7 +145,7 @@ def run_examples(run: Path, data: Data | None, options: PreviewOptions) -> Examp
                 f"{', '.join(map(str, beton.paths))} is not what {run} was trained on: its "
                 f"digest is {beton.digest}, the run's {config['data']['digest']}"
             )
-        subset = training_subset(trained, beton.labels, config["known"])
+        subset = training_subset(trained, beton.labels, config["known"], beton.classes)
         side = options.size or trained.loader.size
         patch = _patch_within(options.patch or trained.method.patch, side)
         # Every example gets a patch, and the picture shows it where it was cut and pasted.

@@ -166,7 +166,10 @@ def read_judged(folder: Path) -> Judged:
             "command that started it continues it"
         )
     if not (folder / "metrics.json").exists():
-        raise ValueError(f"{folder} has not been evaluated: run `backmix evaluate {folder}` first")
+        raise ValueError(
+            f"{folder} has not been evaluated: run `backmix evaluate {folder} --test FILE.beton` "
+            "first"
+        )
     _check_config(folder / "config.json", config)
     metrics = _read_metrics(folder / "metrics.json")
     return Judged(
@@ -281,7 +284,8 @@ def _row(
 def _labels(firsts: Sequence[Judged]) -> list[str]:
     """Return a readable, unique label for every group, from one run of each.
 
-    Groups of the same method are told apart by the options in which they differ.
+    Groups of the same method are told apart by the options in which they differ; where the runs
+    solve different problems, every label names its own, as such figures cannot be compared.
     """
     bases = [method_label(run.config["run"]["method"]) for run in firsts]
     labels = []
@@ -293,7 +297,16 @@ def _labels(firsts: Sequence[Judged]) -> list[str]:
             if name not in _REPEATED and any(other.get(name) != value for other in alike)
         ]
         labels.append(f"{base} ({', '.join(differing)})" if differing else base)
-    return labels
+    problems = [_problem(run) for run in firsts]
+    if len(set(problems)) == 1:
+        return labels
+    return [f"{label} [{problem}]" for label, problem in zip(labels, problems, strict=True)]
+
+
+def _problem(run: Judged) -> str:
+    """Return the protocol and family that a run was judged by."""
+    split = run.metrics["split"]
+    return f"{split['protocol']} {split['family']}" if split else "no protocol"
 
 
 def _key(run: Judged, ignored: Iterable[str]) -> str:

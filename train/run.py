@@ -104,7 +104,7 @@ def prepare_run(
     torch.set_num_threads(resolved.threads)
     with open_set(run.data) as data:
         known = known_classes(run, data.classes)
-        subset = training_subset(run, data.labels, known)
+        subset = training_subset(run, data.labels, known, data.classes)
         config = Config.of(run, recipe, command, resolved, data, known, len(subset))
         state = fresh_state(run, data, subset, len(known), device)
     loader = open_loader(
@@ -167,14 +167,16 @@ def known_classes(run: Run, classes: list[str]) -> list[int]:
     return known
 
 
-def training_subset(run: Run, labels: np.ndarray, known: list[int]) -> Subset:
+def training_subset(run: Run, labels: np.ndarray, known: list[int], classes: list[str]) -> Subset:
     """Return the training samples: those of the known classes, less what --val holds out."""
     rest, _ = hold_out(select(labels, known), run.val, run.seed)
     absent = sorted(set(range(len(known))) - set(rest.labels.tolist()))
     if absent:
+        names = ", ".join(classes[known[label]] for label in absent[:10])
         raise ValueError(
-            f"no training image is left of the known classes {[known[label] for label in absent]} "
-            f"(stored numbers)" + (f", with --val {run.val}" if run.val else "")
+            f"no training image is left of {len(absent)} of the {len(known)} known classes: {names}"
+            + (" ..." if len(absent) > 10 else "")
+            + (f" (--val {run.val})" if run.val else "")
         )
     return rest
 
@@ -231,6 +233,12 @@ def _train_locked(
             state.load(tensors, meta)
             lengths = meta["log"]
             progress.show(f"continuing {run.out} at step {state.step}", final=True)
+        if loader.samples < run.loader.batch:
+            progress.show(
+                f"only {loader.samples} training images for --loader.batch {run.loader.batch}: an "
+                "epoch is a single step; the recipe's learning rate belongs to its batch",
+                final=True,
+            )
         log = Log(run.out, lengths)
         try:
             write_status(run.out, "running", state.step)

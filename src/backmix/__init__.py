@@ -1,4 +1,4 @@
-"""Open-set recognition regularised by image backgrounds, at ImageNet speed."""
+"""Open-set recognition regularised by image backgrounds."""
 
 from typing import TYPE_CHECKING
 
