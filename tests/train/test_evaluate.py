@@ -243,6 +243,16 @@ def test_a_protocol_takes_its_unknown_classes_from_the_same_file(tmp_path: Path)
     ]
     assert document["split"] == {"protocol": "cifar10", "family": "A", "list": 1}
     assert "list A1 poses the same problem as A0" in table(document)
+    assert "no image in the test files" not in table(document)
+
+
+def test_a_part_of_a_protocols_unknown_classes_is_said_to_be_one(tmp_path: Path) -> None:
+    known = split("cifar10", "A", 0).known
+    write_beton(tmp_path / "test.beton", CIFAR10, [*known, 2, 3], seed=2)  # without 5 and 8
+    chosen = {"protocol": "cifar10", "family": "A", "list": 0, "known": []}
+    write_run(tmp_path / "run", [CIFAR10[c] for c in known], list(known), chosen)
+    document = evaluate(tmp_path / "run", EvaluateOptions(test=(tmp_path / "test.beton",)))
+    assert "2 of the protocol's unknown classes have no image" in table(document)
 
 
 def test_cifar_plus_ten_takes_its_unknown_classes_from_the_second_file(tmp_path: Path) -> None:

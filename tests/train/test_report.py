@@ -177,6 +177,14 @@ def test_class_lists_are_repetitions_and_families_are_not(tmp_path):
     assert labels == ["softmax (family A)", "softmax (family B-cac)"]
 
 
+def test_methods_judged_on_different_problems_say_so_in_every_row(tmp_path):
+    """Figures of different families or without a protocol must not pass for comparable ones."""
+    plain = write_run(tmp_path, "softmax", 0)
+    published = write_run(tmp_path, "backmix", 0, split=Split(protocol="cifar10"))
+    labels = {group.label for group in results.read_all([plain, published])}
+    assert labels == {"softmax [no protocol]", "BackMix [cifar10 A]"}
+
+
 def test_a_baseline_of_other_training_is_no_baseline(tmp_path):
     base = write_run(tmp_path, "softmax", 0)
     longer = write_run(tmp_path, "backmix", 0, epochs=100)
