@@ -1,45 +1,108 @@
 """What every door does first: choose the form that runs, and refuse arguments that cannot be meant.
 
-Today every kernel has one form, "torch": its meaning in plain PyTorch, on any device.
-Checks named `expect*` look at dtypes and shapes only and never wait for a device; those named
-`refuse*` look at values and do wait (`check=True`).
+Every kernel has two forms: "torch", its meaning in plain PyTorch, on any device; and "triton", on
+CUDA devices. Checks named `expect*` look at dtypes and shapes only and never wait for a device;
+those named `refuse*` look at values and do wait (`check=True`).
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+from triton import knobs
+
+Form = Literal["torch", "triton"]
 
 LARGEST_GRID = 16
+OLDEST_CAPABILITY = (8, 0)
+"""Compute capability from which the Triton forms are tested: Ampere."""
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether TRITON_INTERPRET=1 was set when the kernels were made: they then run on the CPU, slowly,
+for tests."""
+
 # Read once, so that a run cannot change its forms; empty is unset.
 _ENVIRONMENT = os.environ.get("BACKMIX_KERNELS") or None
+_said: set[tuple[str, str]] = set()
 
 
-def choose(backend: str | None, kernel: str) -> str:
-    """Return the name of the form to run.
+def choose(
+    backend: str | None, kernel: str, device: torch.device, *, unsupported: str | None = None
+) -> Form:
+    """Return the form to run.
+
+    The caller's wish comes first, then the environment variable BACKMIX_KERNELS; without either,
+    Triton runs where it can. The plain form on a CUDA device is slow: unless the caller asked for
+    it by argument, that is said once per kernel and reason.
 
     Args:
-        backend: the caller's wish, "torch" or "triton"; None leaves the choice to the environment
-            variable BACKMIX_KERNELS and, where that is unset, to the kernel.
-        kernel: name of the kernel, for the message.
+        backend: the caller's wish, "torch", "triton" or None.
+        kernel: name of the kernel, for the messages.
+        device: of the tensors.
+        unsupported: why the Triton form cannot take these arguments, None if it can.
 
     Raises:
-        ValueError: the form is unknown, or this version does not have it.
+        ValueError: the wish is unknown, or cannot be met.
     """
     wish, source = (
         (backend, "backend") if backend is not None else (_ENVIRONMENT, "BACKMIX_KERNELS")
     )
-    match wish:
-        case None | "torch":
-            return "torch"
-        case "triton":
-            raise ValueError(
-                f"{source}={wish}: the Triton form of {kernel} is not part of this version; "
-                "leave the choice open or ask for torch"
-            )
-        case _:
-            raise ValueError(f"{source} must be torch or triton, got {wish!r}")
+    if wish not in (None, "torch", "triton"):
+        raise ValueError(f"{source} must be torch or triton, got {wish!r}")
+    if wish == "torch":
+        if backend is None and device.type == "cuda":
+            _say(kernel, "BACKMIX_KERNELS=torch asks for it")
+        return "torch"
+    obstacle = _obstacle(device) or unsupported
+    if obstacle is None and (wish == "triton" or device.type == "cuda"):
+        return "triton"
+    if wish == "triton":
+        raise ValueError(
+            f"{source}=triton: the Triton form of {kernel} cannot run here: {obstacle}; "
+            "leave the choice open or ask for torch"
+        )
+    if device.type == "cuda":
+        assert obstacle is not None
+        _say(kernel, obstacle)
+    return "torch"
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Return why no Triton form runs on a device, None if one does."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        return None
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f"the tensors are on {device}, not on a CUDA device"
+
+
+def _say(kernel: str, reason: str) -> None:
+    """Warn that the plain form runs on a GPU, once per kernel and reason."""
+    if (kernel, reason) in _said:
+        return
+    _said.add((kernel, reason))
+    warnings.warn(
+        f"{kernel} runs its plain PyTorch form on the GPU, which is slow: {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@contextlib.contextmanager
+def override(form: Form) -> Iterator[None]:
+    """Ask for a form wherever the caller of a door leaves the choice open, inside `with`."""
+    global _ENVIRONMENT
+    before, _ENVIRONMENT = _ENVIRONMENT, form
+    try:
+        yield
+    finally:
+        _ENVIRONMENT = before
 
 
 def expect_tensors(**arguments: object) -> None:

@@ -404,7 +404,7 @@ def mix_background(
         TypeError: an argument has the wrong dtype.
         ValueError: wrong shape, device, layout or option; with `check`, a value out of range.
     """
-    dispatch.choose(backend, "mix_background")
+    dispatch.choose(backend, "mix_background", torch.device("cpu"))
     _check_tensors(pool, target, donor, bank, bank_row, box, patch, flip, shift, tie)
     _check_options(mode, mask_cells, bank.shape[1] * bank.shape[2])
     _check_colours(mean, std, fill, pad, len(target), pool.device)

@@ -205,7 +205,7 @@ def update_cam_bank(
         TypeError: an argument has the wrong dtype.
         ValueError: wrong shape, device, layout or option; with `check`, a value out of range.
     """
-    dispatch.choose(backend, "update_cam_bank")
+    dispatch.choose(backend, "update_cam_bank", torch.device("cpu"))
     _check_tensors(bank, features, weight, labels, bank_row, box, flip, shift, patch)
     _check_options(size, shift, patch, rate, normalise, bank.device)
     size = size or (1, 1)

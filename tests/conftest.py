@@ -15,8 +15,17 @@ _KEPT: list[object] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep each worker to one core: two workers with two threads each wait for one another."""
+    """Set what must stand before torch and Triton are used.
+
+    One core for each worker: two workers with two threads each wait for one another.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Without a GPU the kernels are interpreted. Triton reads this where a kernel is decorated, so
+    # it must stand before anything imports one.
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
