@@ -69,7 +69,8 @@ class Launch:
                 constants[name] = value
             elif isinstance(value, Tensor):
                 types[name] = "*" + _TYPES[value.dtype]
-                divisible.append(name)
+                if not parameter.do_not_specialize_on_alignment:
+                    divisible.append(name)
             elif isinstance(value, int):
                 types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0 and not parameter.do_not_specialize:

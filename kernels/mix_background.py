@@ -4,8 +4,11 @@ BackMix regularises open-set recognition with the backgrounds of other training 
 al., "BackMix: regularizing open set recognition by removing underlying fore-background priors",
 TPAMI 2025). The window comes from a donor whose most class-specific cells, by its class activation
 map in the bank, are filled with one colour: what is pasted is background, and the label stays.
-Everything from decoded bytes to the network's input happens in this one function.
-Bytes per pixel and channel: 1 read, and 1, 2 or 4 written, by the output's type.
+Everything from decoded bytes to the network's input happens in this one function, and in the Triton
+form in one kernel: a program owns some columns of some rows of one image, works out its columns
+once, sorts the donor's cells only where the window meets it, and then walks down its rows.
+Bytes per pixel and channel: 1 read, and 1, 2 or 4 written, by the output's type; floor = those
+bytes / copy bandwidth. That floor is reached only with few instructions per byte (docs/kernels.md).
 """
 
 import math
@@ -15,9 +18,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from backmix.kernels import dispatch
+from backmix.kernels import configs, dispatch
+from backmix.kernels.launch import Launch, ceil_div
 
 Mode = Literal["cam", "inverse", "none", "grey"]
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -335,6 +341,459 @@ def _values(
     return centred.mul_(line([1 / s for s in std]))
 
 
+# --- kernel ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _by_channel(channel, red, green, blue):
+    """Return what belongs to each element's channel."""
+    return tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
+
+
+@triton.jit
+def _spread(of_row, COLUMNS: tl.constexpr):
+    """Give each lane of a tile its row's value: [ROWS] -> [ROWS * COLUMNS]."""
+    ROWS: tl.constexpr = of_row.shape[0]
+    return tl.reshape(tl.broadcast_to(of_row[:, None], (ROWS, COLUMNS)), (ROWS * COLUMNS,))
+
+
+@triton.jit
+def _reflected_position(position, SIDE: tl.constexpr):
+    """Mirror positions into 0..SIDE-1 without repeating the edge."""
+    if SIDE == 1:
+        return position * 0
+    else:
+        PERIOD: tl.constexpr = 2 * SIDE - 2
+        position = position % PERIOD
+        position = tl.where(position < 0, position + PERIOD, position)  # % truncates
+        return tl.minimum(position, PERIOD - position)
+
+
+@triton.jit
+def _output_value(pixel, mean, scale, OUT: tl.constexpr):
+    """Return pixel values as output values before narrowing: subtract, then multiply, or as is."""
+    if OUT == tl.uint8:
+        return pixel
+    else:
+        return (pixel.to(tl.float32) - mean) * scale
+
+
+@triton.jit
+def _output_colour(value, mean, scale, OUT: tl.constexpr):
+    """Return colours in pixel units as output values before narrowing."""
+    if OUT == tl.uint8:
+        value = tl.minimum(tl.maximum(value, 0.0), 255.0)
+        # Adding 1.5 * 2^23 leaves no bits for a fraction: rounds to nearest, halves to even.
+        return ((value + 12582912.0) - 12582912.0).to(tl.int32)
+    else:
+        return (value - mean) * scale
+
+
+@triton.jit
+def _hashed(word):
+    """Mix the bits of uint32 words, as `_hash`."""
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def _hottest_cells(
+    bank_ptr,  # fp16 or fp32 [G, G2], one row of the bank
+    box_ptr,  # int32 [4], 16.16
+    tie,  # int32
+    hottest,  # int32, 1 .. G * G2 - 1
+    G: tl.constexpr,
+    G2: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Return which cells of the view are hottest, bool [SIDE * SIDE]; as `mask_views`."""
+    number = tl.arange(0, SIDE * SIDE)
+    i = number // SIDE
+    j = number % SIDE
+    real = (i < G) & (j < G2)
+    y0 = tl.load(box_ptr)
+    x0 = tl.load(box_ptr + 1)
+    height = tl.load(box_ptr + 2)
+    width = tl.load(box_ptr + 3)
+    row = (2 * G * y0 + (2 * i + 1) * height) >> 17
+    column = (2 * G2 * x0 + (2 * j + 1) * width) >> 17
+    row = tl.minimum(tl.maximum(row, 0), G - 1)
+    column = tl.minimum(tl.maximum(column, 0), G2 - 1)
+    heat = tl.load(bank_ptr + row * G2 + column, mask=real, other=0.0).to(tl.float32) + 0.0
+
+    bits = heat.to(tl.int32, bitcast=True)
+    bits = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    bits = tl.where(heat == heat, bits, -(2**31))
+    cell = (16 * i + j).to(tl.uint32)
+    draw = _hashed(tie.to(tl.uint32, bitcast=True) + _hashed(cell))
+    key = (bits.to(tl.int64) << 32) | ((draw & 0xFFFFFF00) | cell).to(tl.int64)
+    # Cells that are padding come last: no real cell's key is below, and not all are asked for.
+    key = tl.where(real, key, -(2**63))
+    ordered = tl.sort(key, descending=True)
+    threshold = tl.sum(tl.where(number == hottest - 1, ordered, 0))
+    return real & (key >= threshold)
+
+
+@triton.jit
+def _packed(chosen, FIRST: tl.constexpr, CELLS: tl.constexpr):
+    """Return cells FIRST .. FIRST + 63 of bool [CELLS] as the bits of one int64."""
+    bit = tl.arange(0, CELLS) - FIRST
+    one = tl.full((CELLS,), 1, tl.int64)
+    return tl.sum(tl.where(chosen & (bit >= 0) & (bit < 64), one << (bit & 63), 0))
+
+
+_PER_SAMPLE = ["target_ptr", "donor_ptr", "bank_row_ptr", "box_ptr", "patch_ptr"]
+_PER_SAMPLE += ["flip_ptr", "shift_ptr", "tie_ptr", "fill_ptr"]
+
+
+@triton.jit(
+    do_not_specialize=["hottest", "inverted", "steps"],
+    # They are read one number at a time: slices of an epoch's draws need no variant of their own.
+    do_not_specialize_on_alignment=_PER_SAMPLE,
+)
+def _mix_background_kernel(
+    out_ptr,  # [n, H, W, 3], in memory
+    pool_ptr,  # uint8 [P, H, W, 3]
+    target_ptr,  # int64 [n]
+    donor_ptr,  # int64 [n]
+    bank_ptr,  # fp16 or fp32 [m, G, G2]
+    bank_row_ptr,  # int64 [n]
+    box_ptr,  # int32 [n, 4], 16.16
+    patch_ptr,  # int32 [n, 6] as ty, tx, dy, dx, ph, pw
+    flip_ptr,  # bool [n]
+    shift_ptr,  # int32 [n, 2] as sy, sx, or None
+    tie_ptr,  # int32 [n]
+    fill_ptr,  # fp32 [n, 3], or None = the colour fill_r, fill_g, fill_b
+    hottest,  # int32; how many cells to find, 0 = do not look; below G * G2
+    inverted,  # int32; 0 = they are the masked ones, -1 = all the others are
+    steps,  # int32; of a program
+    mean_r,
+    mean_g,
+    mean_b,
+    scale_r,  # 1 / std
+    scale_g,
+    scale_b,
+    fill_r,
+    fill_g,
+    fill_b,
+    pad_r,
+    pad_g,
+    pad_b,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    G2: tl.constexpr,
+    SIDE: tl.constexpr,  # power of two that holds G and G2, 2 .. 16
+    KEEP: tl.constexpr,  # a masked pixel of the window shows the target, not the fill
+    PADDED: tl.constexpr,  # shifted, and outside is a colour
+    REFLECTED: tl.constexpr,  # shifted, and outside is mirrored
+    COLUMNS: tl.constexpr,  # of a tile; elements, not pixels
+    ROWS: tl.constexpr,  # of a tile
+    UNROLL: tl.constexpr,  # tiles of a step, one below the other: their loads are in flight at once
+):
+    """Program (tile + TILES * sample, chunk) makes COLUMNS elements of `steps` steps of rows."""
+    OUT: tl.constexpr = out_ptr.dtype.element_ty
+    LINE: tl.constexpr = 3 * W
+    TILES: tl.constexpr = (LINE + COLUMNS - 1) // COLUMNS
+    STEP: tl.constexpr = ROWS * UNROLL
+    EVEN: tl.constexpr = H % STEP == 0
+
+    tile = tl.program_id(0) % TILES
+    sample = (tl.program_id(0) // TILES).to(tl.int64)
+    chunk = tl.program_id(1)
+    first_row = chunk * steps * STEP
+    steps = tl.minimum(steps, (H + STEP - 1) // STEP - chunk * steps)
+
+    # 64-bit once, for the images' first bytes: a resident pool may pass 2^31 bytes.
+    target = tl.load(target_ptr + sample)
+    target_image_ptr = pool_ptr + target * (H * LINE)
+    out_image_ptr = out_ptr + sample * (H * LINE)
+    flip = tl.load(flip_ptr + sample)
+    sy = 0
+    sx = 0
+    if shift_ptr is not None:
+        sy = tl.load(shift_ptr + 2 * sample)
+        sx = tl.load(shift_ptr + 2 * sample + 1)
+    ty = tl.load(patch_ptr + 6 * sample)
+    tx = tl.load(patch_ptr + 6 * sample + 1)
+    ph = tl.load(patch_ptr + 6 * sample + 4)
+    pw = tl.load(patch_ptr + 6 * sample + 5)
+
+    # All that depends on the column alone. Lanes beyond the line work on its last pixel and do not
+    # store: that costs no bytes, and the loads need no masks.
+    row = tl.arange(0, ROWS)
+    lane = tl.arange(0, ROWS * COLUMNS)
+    element = tile * COLUMNS + lane % COLUMNS
+    live = element < LINE
+    x = element // 3
+    channel = element - 3 * x
+    mean = _by_channel(channel, mean_r, mean_g, mean_b)
+    scale = _by_channel(channel, scale_r, scale_g, scale_b)
+    xf = tl.minimum(x, W - 1) + sx
+    column_shown = (xf >= 0) & (xf < W)
+    if REFLECTED:
+        xf = _reflected_position(xf, W)
+    xv = tl.where(flip, W - 1 - xf, xf)
+    source = 3 * xv + channel
+    if PADDED:
+        pad = _output_colour(_by_channel(channel, pad_r, pad_g, pad_b), mean, scale, OUT)
+    lane_row = lane // COLUMNS  # as _spread(row), but the compiler sees where it changes
+    tile_offset = lane_row * LINE + element
+
+    # The steps [begin, begin + pasted) may show the window, the others cannot. Where a shift is
+    # mirrored the window may show twice, so every step counts.
+    low = ty - sy - first_row
+    begin = tl.minimum(tl.maximum(low, 0) // STEP, steps)
+    end = tl.minimum((tl.maximum(low + ph, 0) + (STEP - 1)) // STEP, steps)
+    x_first = tile * COLUMNS // 3 + sx
+    x_last = tl.minimum(tile * COLUMNS + (COLUMNS - 1), LINE - 1) // 3 + sx
+    left = tl.where(flip, W - 1 - x_last, x_first)
+    right = tl.where(flip, W - 1 - x_first, x_last)
+    meets = (tx <= right) & (tx + pw > left)
+    if REFLECTED:
+        begin = tl.where(sy == 0, begin, 0)
+        end = tl.where(sy == 0, end, steps)
+        meets = meets | (sx != 0)
+    pasted = tl.where(meets & (ph > 0) & (pw > 0), end - begin, 0)
+
+    i = 0
+    if (flip == 0) & (sx == 0) & (sy == 0):
+        # Plain: as the bytes lie.
+        while i < steps - pasted:
+            y = first_row + (i + tl.where(i >= begin, pasted, 0)) * STEP
+            i += 1
+            from_ptr = target_image_ptr + y.to(tl.int64) * LINE + tile_offset
+            to_ptr = out_image_ptr + y.to(tl.int64) * LINE + tile_offset
+            for u in tl.static_range(UNROLL):
+                here = live if EVEN else live & (y + u * ROWS + lane_row < H)
+                pixel = tl.load(from_ptr + u * ROWS * LINE, mask=here, other=0)
+                value = _output_value(pixel, mean, scale, OUT)
+                tl.store(to_ptr + u * ROWS * LINE, value.to(OUT), mask=here)
+    else:
+        # Moved: flipped or shifted, byte by byte; neighbours read the same lines of the cache.
+        while i < steps - pasted:
+            y = first_row + (i + tl.where(i >= begin, pasted, 0)) * STEP
+            i += 1
+            to_ptr = out_image_ptr + y.to(tl.int64) * LINE + tile_offset
+            for u in tl.static_range(UNROLL):
+                yv = y + u * ROWS + row
+                here = live if EVEN else live & (y + u * ROWS + lane_row < H)
+                yv = (yv if EVEN else tl.minimum(yv, H - 1)) + sy
+                if REFLECTED:
+                    yv = _reflected_position(yv, H)
+                from_ptr = target_image_ptr + _spread(yv.to(tl.int64) * LINE, COLUMNS) + source
+                if PADDED:
+                    shown = _spread((yv >= 0) & (yv < H), COLUMNS) & column_shown
+                    pixel = tl.load(from_ptr, mask=shown, other=0).to(tl.int32)
+                    value = _output_value(pixel, mean, scale, OUT)
+                    value = tl.where(shown, value, pad)
+                else:
+                    pixel = tl.load(from_ptr).to(tl.int32)
+                    value = _output_value(pixel, mean, scale, OUT)
+                tl.store(to_ptr + u * ROWS * LINE, value.to(OUT), mask=here)
+
+    if pasted > 0:
+        # With the window: each pixel is the target's, the donor's or masked.
+        donor = tl.load(donor_ptr + sample)
+        dy = tl.load(patch_ptr + 6 * sample + 2)
+        dx = tl.load(patch_ptr + 6 * sample + 3)
+        # Inside the window the donor's pixel lies this many bytes behind the target's.
+        delta = (donor - target) * (H * LINE) + (dy - ty).to(tl.int64) * LINE + 3 * (dx - tx)
+
+        # The mask is at most 4 words of 64 cells; a line of SIDE cells lies within one.
+        words_0 = tl.full((), 0, tl.int64)
+        words_1 = words_0
+        words_2 = words_0
+        words_3 = words_0
+        if hottest > 0:
+            bank_row = tl.load(bank_row_ptr + sample)
+            tie = tl.load(tie_ptr + sample)
+            chosen = _hottest_cells(
+                bank_ptr + bank_row * (G * G2), box_ptr + 4 * sample, tie, hottest, G, G2, SIDE
+            )
+            words_0 = _packed(chosen, 0, SIDE * SIDE)
+            if SIDE == 16:
+                words_1 = _packed(chosen, 64, SIDE * SIDE)
+                words_2 = _packed(chosen, 128, SIDE * SIDE)
+                words_3 = _packed(chosen, 192, SIDE * SIDE)
+
+        # Of a column in the window the bit of its cell, of others none: a pixel then is looked up
+        # by the `and` of a number of its row and a number of its column.
+        in_columns = (xv >= tx) & (xv < tx + pw)
+        cell_column = tl.where(in_columns, xv - tx + dx, 0) * G2 // W
+        column_bit = tl.where(in_columns, 1 << cell_column, 0)
+        if not KEEP:
+            if fill_ptr is not None:
+                fill_r = tl.load(fill_ptr + 3 * sample)
+                fill_g = tl.load(fill_ptr + 3 * sample + 1)
+                fill_b = tl.load(fill_ptr + 3 * sample + 2)
+            fill = _by_channel(channel, fill_r, fill_g, fill_b)
+            fill = _output_colour(fill, mean, scale, OUT)
+
+        y = first_row + begin * STEP
+        after = first_row + end * STEP
+        while y < after:
+            to_ptr = out_image_ptr + y.to(tl.int64) * LINE + tile_offset
+            for u in tl.static_range(UNROLL):
+                yv = y + u * ROWS + row
+                here = live if EVEN else live & (y + u * ROWS + lane_row < H)
+                yv = (yv if EVEN else tl.minimum(yv, H - 1)) + sy
+                if REFLECTED:
+                    yv = _reflected_position(yv, H)
+                in_rows = (yv >= ty) & (yv < ty + ph)
+                cell_row = tl.where(in_rows, yv - ty + dy, 0) * G // H
+                if SIDE == 16:
+                    upper = tl.where(cell_row < 12, words_2, words_3)
+                    words = tl.where(cell_row < 4, words_0, words_1)
+                    words = tl.where(cell_row < 8, words, upper)
+                    word = (words >> ((cell_row & 3) * 16).to(tl.int64)).to(tl.int32) ^ inverted
+                else:
+                    word = (words_0 >> (cell_row * SIDE).to(tl.int64)).to(tl.int32) ^ inverted
+                masked = (_spread(tl.where(in_rows, word, 0), COLUMNS) & column_bit) != 0
+                donated = (_spread(tl.where(in_rows, ~word, 0), COLUMNS) & column_bit) != 0
+
+                # One load from either image: of two masked ones the second costs more than this.
+                own_ptr = target_image_ptr + _spread(yv.to(tl.int64) * LINE, COLUMNS)
+                from_ptr = tl.where(donated, own_ptr + delta, own_ptr) + source
+                if PADDED:
+                    shown = _spread((yv >= 0) & (yv < H), COLUMNS) & column_shown
+                    needed = shown if KEEP else shown & ~masked
+                    pixel = tl.load(from_ptr, mask=needed, other=0).to(tl.int32)
+                elif KEEP:
+                    pixel = tl.load(from_ptr).to(tl.int32)
+                else:
+                    pixel = tl.load(from_ptr, mask=~masked, other=0).to(tl.int32)
+                value = _output_value(pixel, mean, scale, OUT)
+                if PADDED:
+                    value = tl.where(shown, value, pad)
+                if not KEEP:
+                    value = tl.where(masked, fill, value)
+                tl.store(to_ptr + u * ROWS * LINE, value.to(OUT), mask=here)
+            y += STEP
+
+
+def launch(
+    out: Tensor,
+    pool: Tensor,
+    target: Tensor,
+    donor: Tensor,
+    bank: Tensor,
+    bank_row: Tensor,
+    box: Tensor,
+    patch: Tensor,
+    flip: Tensor,
+    shift: Tensor | None,
+    tie: Tensor,
+    hottest: int,
+    inverted: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    fill: Tensor | None,
+    fill_colour: Sequence[float] | None,
+    pad: Sequence[float] | None,
+    blocks: configs.MixBackgroundBlocks | None = None,
+) -> Launch:
+    """Return the launch of the kernel.
+
+    The arguments are those of `mix_background`, but:
+
+    Args:
+        out: as `mix_background` returns it, not empty.
+        hottest: how many of the hottest cells to find, 0 .. g * g' - 1.
+        inverted: mask all other cells, instead.
+        fill: fp32 [n, 3] or None.
+        fill_colour: without `fill`; both None = keep.
+        pad: None = reflect.
+        blocks: None = as `configs` says for these shapes.
+    """
+    n, (height, width), (rows, columns) = len(target), pool.shape[1:3], bank.shape[1:]
+    if blocks is None:
+        blocks = configs.mix_background_blocks(n, height, width, out.element_size())
+
+    def channels(name: str, colour: Sequence[float] | None) -> dict[str, float]:
+        values = (0.0, 0.0, 0.0) if colour is None else colour
+        return {f"{name}_{c}": float(x) for c, x in zip("rgb", values, strict=True)}
+
+    return Launch(
+        _mix_background_kernel,
+        grid=(
+            n * ceil_div(3 * width, blocks.columns),
+            ceil_div(height, blocks.rows * blocks.unroll * blocks.steps),
+        ),
+        arguments={
+            "out_ptr": out,
+            "pool_ptr": pool,
+            # What is per sample is small, so a copy is cheap where lines do not lie together.
+            "target_ptr": target.contiguous(),
+            "donor_ptr": donor.contiguous(),
+            "bank_ptr": bank,
+            "bank_row_ptr": bank_row.contiguous(),
+            "box_ptr": box.contiguous(),
+            "patch_ptr": patch.contiguous(),
+            "flip_ptr": flip.contiguous(),
+            "shift_ptr": None if shift is None else shift.contiguous(),
+            "tie_ptr": tie.contiguous(),
+            "fill_ptr": None if fill is None else fill.contiguous(),
+            "hottest": hottest,
+            "inverted": -int(inverted),
+            "steps": blocks.steps,
+            **channels("mean", mean),
+            # Divided in double and then narrowed, as in the meaning.
+            **channels("scale", [1 / s for s in std]),
+            **channels("fill", fill_colour),
+            **channels("pad", pad),
+        },
+        constants={
+            "H": height,
+            "W": width,
+            "G": rows,
+            "G2": columns,
+            "SIDE": triton.next_power_of_2(max(rows, columns, 2)),
+            "KEEP": fill is None and fill_colour is None,
+            "PADDED": shift is not None and pad is not None,
+            "REFLECTED": shift is not None and pad is None,
+            "COLUMNS": blocks.columns,
+            "ROWS": blocks.rows,
+            "UNROLL": blocks.unroll,
+        },
+        warps=blocks.warps,
+        maxnreg=blocks.maxnreg,
+    )
+
+
+# --- custom operator ---------------------------------------------------------------------------
+
+
+def _run(*arguments: Any) -> None:
+    """Launch the kernel with the arguments of `launch`."""
+    launch(*arguments).run()
+
+
+# For torch.compile alone: a plain call of the door would pay more for it than for the launch.
+_mix_background_op = torch.library.custom_op(
+    "backmix::mix_background",
+    _run,
+    mutates_args=("out",),
+    schema="(Tensor(a!) out, Tensor pool, Tensor target, Tensor donor, Tensor bank, "
+    "Tensor bank_row, Tensor box, Tensor patch, Tensor flip, Tensor? shift, Tensor tie, "
+    "int hottest, bool inverted, float[] mean, float[] std, Tensor? fill, float[]? fill_colour, "
+    "float[]? pad) -> ()",
+)
+
+
+@_mix_background_op.register_fake
+def _(*_arguments: Any) -> None:
+    """Nothing is made: the door makes the output, with its real strides."""
+
+
+def _empty_output(n: int, pool: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory for the output of n images, in the shape and strides of `mix_background`."""
+    height, width = pool.shape[1:3]
+    nhwc = torch.empty((n, height, width, 3), dtype=dtype, device=pool.device)
+    return nhwc if dtype == torch.uint8 else nhwc.permute(0, 3, 1, 2)
+
+
 # --- door --------------------------------------------------------------------------------------
 
 
@@ -404,13 +863,38 @@ def mix_background(
         TypeError: an argument has the wrong dtype.
         ValueError: wrong shape, device, layout or option; with `check`, a value out of range.
     """
-    dispatch.choose(backend, "mix_background", torch.device("cpu"))
     _check_tensors(pool, target, donor, bank, bank_row, box, patch, flip, shift, tie)
     _check_options(mode, mask_cells, bank.shape[1] * bank.shape[2])
     _check_colours(mean, std, fill, pad, len(target), pool.device)
     if check:
         _check_values(pool, target, donor, bank, bank_row, box, patch)
     _check_output(out, dtype, len(target), pool)
+    if dispatch.choose(backend, "mix_background", pool.device) == "triton":
+        out = _empty_output(len(target), pool, dtype) if out is None else out
+        if len(target):
+            hottest, inverted = _search(mode, mask_cells, bank.shape[1] * bank.shape[2])
+            colour = mean if fill is None else fill
+            (_mix_background_op if torch.compiler.is_compiling() else _run)(
+                out,
+                pool,
+                target,
+                donor,
+                bank,
+                bank_row,
+                box,
+                patch,
+                flip,
+                shift,
+                tie,
+                hottest,
+                inverted,
+                _floats(mean),
+                _floats(std),
+                colour.detach() if isinstance(colour, Tensor) else None,
+                None if isinstance(colour, Tensor | str) else _floats(colour),
+                None if isinstance(pad, str) else _floats(pad),
+            )
+        return out
     mixed = mix_background_meaning(
         pool,
         target,
@@ -428,6 +912,21 @@ def mix_background(
     return mixed if out is None else out.copy_(mixed)
 
 
+def _search(mode: Mode, mask_cells: int, cells: int) -> tuple[int, bool]:
+    """Return how many of the hottest cells to find, and whether all the others are masked.
+
+    Of the first there are fewer than `cells`; 0 = the bank is not looked at.
+    """
+    masked = {"none": 0, "grey": cells}.get(mode, mask_cells)
+    if masked in (0, cells):
+        return 0, masked > 0
+    return (cells - masked, True) if mode == "inverse" else (masked, False)
+
+
+def _floats(values: Sequence[float]) -> list[float]:
+    return [float(x) for x in values]
+
+
 def _check_output(out: Tensor | None, dtype: torch.dtype, n: int, pool: Tensor) -> None:
     """Refuse an output type that is not offered, or an `out` that does not fit."""
     if dtype not in OUTPUTS:
@@ -442,6 +941,8 @@ def _check_output(out: Tensor | None, dtype: torch.dtype, n: int, pool: Tensor) 
     dispatch.expect("out", out, (dtype,), shape, pool.device)
     if out.stride() != strides:
         raise ValueError(f"out must have strides {strides} (channels last), got {out.stride()}")
+    if torch.compiler.is_compiling():
+        return  # which cannot ask where a tensor starts
     if out.storage_offset() * out.element_size() % 16:
         raise ValueError("out must start at a multiple of 16 bytes of its storage")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -42,6 +43,8 @@ class Compiled:
     shared: int
     """Shared memory of a block, bytes."""
     warps: int
+    itemsize: int
+    """Bytes of an element of the first tensor, by custom the output."""
 
     @cached_property
     def registers(self) -> int:
@@ -71,6 +74,30 @@ class Compiled:
         )
         return listed[: last + 1]
 
+    @cached_property
+    def per_element(self) -> list[float]:
+        """Return, of each innermost loop that stores, the instructions for a stored element.
+
+        Fewest first. An element is one of the output, of a lane whose store is not masked off. All
+        instructions between a loop's first and its branch back count, once: what a loop skips by a
+        branch counts too, so a kernel puts its bodies into loops of their own.
+        """
+        place = {int(line.partition(":")[0], 16): i for i, line in enumerate(self.sass)}
+        loops: list[tuple[int, int]] = []  # first and last instruction
+        for last, line in enumerate(self.sass):
+            branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", line)
+            first = place.get(int(branch[1], 16)) if branch else None
+            if first is not None and first < last:
+                loops.append((first, last))
+        figures = []
+        for first, last in loops:
+            body = self.sass[first : last + 1]
+            inner = any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
+            stored = sum(_stored_bytes(line) for line in body)
+            if stored and not inner:
+                figures.append(round(len(body) * self.itemsize / stored, 2))
+        return sorted(figures)
+
     def _dump(self, what: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
@@ -78,6 +105,15 @@ class Compiled:
             return subprocess.run(
                 [_CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True
             ).stdout
+
+
+def _stored_bytes(instruction: str) -> int:
+    """Return the bytes that a thread stores to global memory by a machine instruction."""
+    store = re.search(r"\bSTG(\.\S+)?", instruction)
+    if store is None:
+        return 0
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((widths[part] for part in store[0].split(".") if part in widths), 4)
 
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:
@@ -108,18 +144,25 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
             "maxnreg": launch.maxnreg,
         },
     )
+    out = next(x for x in launch.arguments.values() if isinstance(x, Tensor))
     return Compiled(
-        arch, kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared, launch.warps
+        arch,
+        kernel.asm["ptx"],
+        kernel.asm["cubin"],
+        kernel.metadata.shared,
+        launch.warps,
+        out.element_size(),
     )
 
 
-def measure(compiled: Compiled) -> dict[str, int]:
+def measure(compiled: Compiled) -> dict[str, int | list[float]]:
     """Return what the budget holds of a compiled kernel."""
     return {
         "registers": compiled.registers,
         "stack": compiled.stack,
         "shared": compiled.shared,
         "instructions": len(compiled.sass),
+        "per_element": compiled.per_element,
     }
 
 

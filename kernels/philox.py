@@ -1,10 +1,13 @@
-"""Philox4x32-10 on tensors: the same words as `pipeline/draws.py`, drawn where the tensors live.
+"""Philox4x32-10 on the device: the same words as `pipeline/draws.py`, drawn where they are needed.
 
-Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. PyTorch has no
-32-bit unsigned arithmetic, so every word is an int64 in [0, 2^32).
+Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Two forms:
+`block` on tensors, and `block_in_kernel` for use inside a Triton kernel. PyTorch has no 32-bit
+unsigned arithmetic, so there every word is an int64 in [0, 2^32); in Triton it is a uint32.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
@@ -57,3 +60,33 @@ def block(seed: int, epoch: int, index: Tensor, stream: int, number: int = 0) ->
         -1,
     )
     return philox(counter, (seed & _WORD, seed >> 32))
+
+
+@triton.jit
+def block_in_kernel(seed, epoch, index, stream, number):
+    """Return four random words for each sample, each uint32 [n]: `block` inside a kernel.
+
+    Args:
+        seed: `signed(seed, 64)`, an integer argument of the kernel.
+        epoch: `signed(epoch, 32)`, likewise.
+        index: int64 [n], 0 <= index < 2^56.
+        stream: 0 <= stream < 256, tl.constexpr or an integer.
+        number: likewise; from 2^31 on as `signed(number, 32)`.
+    """
+    # All four counters must be 32 bits wide: from 64-bit ones tl.philox makes another generator.
+    word0 = index.to(tl.uint32)
+    word1 = ((index >> 32) | (stream << 24)).to(tl.uint32)
+    word2 = tl.zeros_like(word0) + epoch
+    word3 = tl.zeros_like(word0) + number
+    return tl.philox(seed, word0, word1, word2, word3)
+
+
+@triton.jit
+def below_in_kernel(word, n):
+    """Map random words, uint32, to integers 0 .. n - 1 (0 where n is 0), int32; 0 <= n < 2^31."""
+    return tl.umulhi(word, (tl.zeros_like(word) + n).to(tl.uint32)).to(tl.int32)
+
+
+def signed(number: int, bits: int) -> int:
+    """Return the signed integer with the same bits: what a kernel takes for an unsigned number."""
+    return number - (1 << bits) if number >> (bits - 1) else number

@@ -6,7 +6,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "auroc",
+    "class_reconstruction",
     "convert",
+    "location_confidence",
     "mix_background",
     "open_loader",
     "oscr",
@@ -14,6 +16,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from backmix.kernels.class_reconstruction import class_reconstruction as class_reconstruction
+    from backmix.kernels.location_confidence import location_confidence as location_confidence
     from backmix.kernels.mix_background import mix_background as mix_background
     from backmix.kernels.update_cam_bank import update_cam_bank as update_cam_bank
     from backmix.pipeline.batch import Batch as Batch
@@ -25,7 +29,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "backmix.pipeline.batch",
     "auroc": "backmix.train.metrics",
+    "class_reconstruction": "backmix.kernels.class_reconstruction",
     "convert": "backmix.pipeline.convert",
+    "location_confidence": "backmix.kernels.location_confidence",
     "mix_background": "backmix.kernels.mix_background",
     "open_loader": "backmix.pipeline.loader",
     "oscr": "backmix.train.metrics",

@@ -186,7 +186,7 @@ def worked(values: list[list[float]], **options: Any) -> Case:
 MAP = [[0.0, 0.25], [0.5, 1.0]]
 
 
-@pytest.mark.parametrize(
+worked_examples = pytest.mark.parametrize(
     ("options", "bank"),
     [
         ({}, [[0.25, 0.375], [0.5, 0.75]]),
@@ -209,6 +209,8 @@ MAP = [[0.0, 0.25], [0.5, 1.0]]
         # first after the first window.
         ({"patch": ints([(0, 0, 0, 0, 1, 1)])}, [[0.25, 0.375], [0.5, 0.75]]),
         ({"patch": ints([(1, 1, 0, 0, 1, 1)])}, [[0.5, 0.375], [0.5, 0.75]]),
+        ({"patch": ints([(0, 0, 0, 0, 4, 1)])}, [[0.25, 0.375], [0.5, 0.75]]),
+        ({"patch": ints([(0, 0, 0, 0, 1, 4)])}, [[0.25, 0.375], [0.5, 0.75]]),
     ],
     ids=[
         "plain",
@@ -221,8 +223,13 @@ MAP = [[0.0, 0.25], [0.5, 1.0]]
         "border, flip",
         "window ends",
         "window begins",
+        "narrow window",
+        "low window",
     ],
 )
+
+
+@worked_examples
 def test_the_worked_examples(options: dict[str, Any], bank: list[list[float]]) -> None:
     assert worked(MAP, **options).updated(check=True)[0].tolist() == bank
 
@@ -233,9 +240,12 @@ def test_a_map_is_moved_to_0_and_1() -> None:
     assert case.updated(normalise="none")[0].tolist() == [[-6.0, -5.0], [-4.0, -2.0]]
 
 
-@pytest.mark.parametrize(
+flat_maps = pytest.mark.parametrize(
     ("level", "more"), [(0.0, 0.0), (3.0, 0.0), (-1e-20, 0.0), (0.0, 1e-19), (1e3, 1e-4)]
 )
+
+
+@flat_maps
 def test_a_flat_map_says_one_half_everywhere(level: float, more: float) -> None:
     case = worked([[level, level + more], [level, level]], rate=1.0)
     case.bank.zero_()
@@ -461,7 +471,7 @@ def test_a_gpu_gives_the_same_bank_and_never_waits() -> None:
         ({"labels": 0}, TypeError, "labels must be a tensor, got int"),
         ({"rate": torch.zeros((), dtype=torch.float64)}, TypeError, "rate must be float32"),
         ({"normalise": "class"}, ValueError, "normalise must be image or none"),
-        ({"backend": "triton"}, ValueError, "Triton form of update_cam_bank"),
+        ({"backend": "cuda"}, ValueError, "backend must be torch or triton"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
