@@ -18,6 +18,7 @@ def check(run: Run) -> None:
     _within("log-every", run.log_every, 1)
     _within("save-minutes", run.save_minutes, 1e-3)
     _within("save-steps", run.save_steps, 0)
+    _within("profile", run.profile, 0, 1000)  # more would fill the memory
     _within("val", run.val, 0, 0.99)
     _within("optim.lr", optim.lr, 0, 1e6)
     _within("optim.momentum", optim.momentum, 0, 0.999999)

@@ -16,6 +16,7 @@ from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.loader import Loader
 from backmix.train.optim import learning_rate, set_learning_rate
 from backmix.train.options import Run
+from backmix.train.profile import fetched, part
 from backmix.train.state import State
 
 
@@ -38,11 +39,13 @@ def take_step(
     stay as they were, without the host knowing yet.
     """
     set_learning_rate(state.optimizer, rate)
-    images = state.method.prepare(batch)
-    with autocast:
+    with part("mix"):
+        images = state.method.prepare(batch)
+    with part("forward"), autocast:
         out = state.method.loss(images, batch, state.model)
-    state.optimizer.zero_grad(set_to_none=True)
-    out.loss.backward()
+    with part("backward"):
+        state.optimizer.zero_grad(set_to_none=True)
+        out.loss.backward()
 
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     if run.optim.clip > 0:
@@ -53,12 +56,13 @@ def take_step(
     void = ~torch.isfinite(norm)
     alive = 1.0 - void.float()
 
-    with autocast:
+    with part("bank"), autocast:
         state.method.after_backward(batch, out, state.model, alive)
     # Fused optimizers leave out the update where found_inf is 1: the test stays on the device.
     setattr(state.optimizer, "found_inf", void.float())  # noqa: B010
     setattr(state.optimizer, "grad_scale", None)  # noqa: B010
-    state.optimizer.step()
+    with part("optimizer"):
+        state.optimizer.step()
     for buffer, safe in zip(state.model.buffers(), state.safe_buffers, strict=True):
         torch.where(void, safe, buffer, out=safe)
         buffer.copy_(safe)
@@ -105,7 +109,7 @@ def steps(
     per_epoch = -(-loader.samples // run.loader.batch)
     total = run.epochs * per_epoch
     while state.place.epoch < run.epochs:
-        for batch in loader.batches(state.place):
+        for batch in fetched(loader.batches(state.place)):
             rate = learning_rate(
                 run.optim.schedule,
                 state.step,

@@ -153,6 +153,9 @@ class Run:
     """Steps between checkpoints, in addition; 0 = by time alone."""
     quiet: bool = False
     """No progress."""
+    profile: int = 0
+    """Trace so many steps of this start for ui.perfetto.dev, into RUN/profile, and print what took
+    most time; the bits stay the same. 0 = none."""
     split: Split = field(default_factory=Split)
     """Known and unknown classes."""
     loader: LoaderOptions = field(default_factory=LoaderOptions)
@@ -173,6 +176,8 @@ MAY_CHANGE = frozenset(
         "save_minutes",
         "save_steps",
         "quiet",
+        "profile",
+        "loader.decoder",
         "loader.threads",
         "loader.prefetch",
         "loader.on_bad",

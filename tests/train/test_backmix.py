@@ -14,10 +14,12 @@ from backmix.kernels.update_cam_bank import update_cam_bank
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import open_set
 from backmix.train.methods.backmix import BackMixMethod, _area_average, _cell_shares
+from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.methods.views import full_boxes, unmixed
 from backmix.train.models.build import Model
-from backmix.train.options import BackMix, Optim, Run, Split
-from backmix.train.run import prepare_run
+from backmix.train.options import BackMix, Optim, Run, Softmax, Split
+from backmix.train.run import prepare_run, view_dtype
+from backmix.train.run_folder import Resolved
 from tests.runs import SIDE, tiny_run, tiny_set
 
 
@@ -352,3 +354,47 @@ def test_the_host_knows_the_same_rows_as_the_device(data: Path, loader: str) -> 
     assert np.array_equal(batch.host.pool_index, batch.pool_index)
     assert np.array_equal(batch.host.rows, batch.rows)
     assert np.array_equal(batch.host.index, batch.index)
+
+
+@pytest.mark.parametrize("method", [Softmax(), BackMix(patch=12)], ids=["softmax", "backmix"])
+def test_views_in_bf16_are_the_fp32_views_rounded(data: Path, method: Softmax | BackMix) -> None:
+    """So a GPU run in bf16 sees the numbers that autocast would have made of the fp32 views."""
+    run = tiny_run(data, Path("unused"), method)
+    _, state, loader = prepare_run(run, "test", [])
+    with loader:
+        batch = next(iter(loader.batches(Place(run.seed, 1))))
+    exact = state.method.prepare(batch)
+    assert exact.dtype == torch.float32
+    made = state.method
+    assert isinstance(made, SoftmaxMethod | BackMixMethod)
+    narrow = replace(made, views=torch.bfloat16).prepare(batch)
+    assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, exact.bfloat16())
+    assert torch.equal(
+        unmixed(batch, run.augment, None, torch.bfloat16),
+        unmixed(batch, run.augment, None).bfloat16(),
+    )
+
+
+def test_the_extra_pass_gets_views_of_the_same_type(data: Path) -> None:
+    method, batch, model = method_and_batch(run_of(data, cam_source="raw"))
+    method = replace(method, views=torch.bfloat16)
+    seen: list[torch.dtype] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = method.loss(method.prepare(batch), batch, model)
+        method.after_backward(batch, out, model, torch.ones(()))
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "views"),
+    [
+        ("cuda", "bf16", torch.bfloat16),
+        ("cuda", "fp32", torch.float32),
+        ("cpu", "bf16", torch.float32),
+    ],
+)
+def test_only_a_gpu_in_bf16_gets_bf16_views(
+    device: str, precision: str, views: torch.dtype
+) -> None:
+    assert view_dtype(Resolved(precision, device, 1)) == views

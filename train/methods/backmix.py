@@ -51,6 +51,8 @@ class BackMixMethod:
     """int64 [samples]: bank row of a sample number, -1 outside the training subset."""
     label_of: np.ndarray
     """int64 [samples], on the host: label of a sample number, -1 outside the training subset."""
+    views: torch.dtype = torch.float32
+    """dtype of the images that the network is given."""
     drawn: DeviceDraws | None = None
     """Draws of the batch in hand, between prepare and after_backward."""
     scalars: dict[str, Tensor] | None = None
@@ -115,6 +117,7 @@ class BackMixMethod:
             fill=self._fill(batch, drawn),
             pad=border_of(self.augment),
             mode=self.mode(),
+            dtype=self.views,
         )
 
     def loss(self, images: Tensor, batch: Batch, model: Model) -> Out:
@@ -122,7 +125,7 @@ class BackMixMethod:
         options = self.options
         if options.cam_source == "raw+loss":
             n = len(batch)
-            both = torch.cat([images, unmixed(batch, self.augment, None)])
+            both = torch.cat([images, unmixed(batch, self.augment, None, self.views)])
             both = both.contiguous(memory_format=torch.channels_last)
             logits, features = model(both)
             per_sample = self._entropy(logits, batch.labels.repeat(2))
@@ -144,7 +147,7 @@ class BackMixMethod:
             # Evaluation mode: neither dropout nor a second update of the BatchNorm statistics.
             model.eval()
             with torch.no_grad():
-                _, features = model(unmixed(batch, self.augment, None))
+                _, features = model(unmixed(batch, self.augment, None, self.views))
             model.train()
         mixed = options.cam_source == "mix"
         drawn = self.drawn

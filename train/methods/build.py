@@ -12,7 +12,14 @@ from backmix.train.models.build import Model
 from backmix.train.options import BackMix, Run, Softmax
 
 
-def build(run: Run, model: Model, data: BetonSet, subset: Subset, device: torch.device) -> Method:
+def build(
+    run: Run,
+    model: Model,
+    data: BetonSet,
+    subset: Subset,
+    device: torch.device,
+    views: torch.dtype = torch.float32,
+) -> Method:
     """Return the method that a run's options ask for.
 
     Args:
@@ -21,10 +28,11 @@ def build(run: Run, model: Model, data: BetonSet, subset: Subset, device: torch.
         data: the data set, for the names of the samples (masks).
         subset: the training samples; the bank has one row for each, in this order.
         device: where the bank lives.
+        views: dtype of the images that the network is given.
     """
     match run.method:
         case Softmax():
-            return SoftmaxMethod(run.augment, run.optim.label_smoothing)
+            return SoftmaxMethod(run.augment, run.optim.label_smoothing, views)
         case BackMix() as options:
             grid = model.grid(run.loader.size)
             truth = None
@@ -43,4 +51,5 @@ def build(run: Run, model: Model, data: BetonSet, subset: Subset, device: torch.
                 truth=truth,
                 row_of=torch.from_numpy(row_of).to(device),
                 label_of=label_of,
+                views=views,
             )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,8 @@ class SoftmaxMethod:
 
     augment: Augment
     label_smoothing: float
+    views: torch.dtype = torch.float32
+    """dtype of the images that the network is given."""
 
     def prepare(self, batch: Batch) -> Tensor:
         """Return the augmented views; no patch is ever pasted."""
@@ -37,7 +40,7 @@ class SoftmaxMethod:
             flip=self.augment.flip,
             pad=self.augment.pad,
         )
-        return unmixed(batch, self.augment, to_device(drawn, batch.pool.device))
+        return unmixed(batch, self.augment, to_device(drawn, batch.pool.device), self.views)
 
     def loss(self, images: Tensor, batch: Batch, model: Model) -> Out:
         """Return the cross-entropy of the views."""

@@ -53,13 +53,19 @@ def border_of(augment: Augment) -> tuple[float, float, float] | Literal["reflect
             return "reflect"
 
 
-def unmixed(batch: Batch, augment: Augment, drawn: DeviceDraws | None) -> Tensor:
-    """Return normalised views in which nothing is pasted, float32 [n, 3, H, W] channels-last.
+def unmixed(
+    batch: Batch,
+    augment: Augment,
+    drawn: DeviceDraws | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return normalised views in which nothing is pasted, [n, 3, H, W] channels-last.
 
     Args:
         batch: the images.
         augment: normalisation and border.
         drawn: flips and shifts to apply; None = the plain views.
+        dtype: of the views.
     """
     n, device = len(batch), batch.pool.device
     return mix_background(
@@ -78,6 +84,7 @@ def unmixed(batch: Batch, augment: Augment, drawn: DeviceDraws | None) -> Tensor
         std=augment.std,
         pad=border_of(augment),
         mode="none",
+        dtype=dtype,
     )
 
 
