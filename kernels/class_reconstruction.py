@@ -624,6 +624,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     """Keep what backward reads."""
     x, encoder, decoder, _ = inputs
     ctx.save_for_backward(x, encoder, decoder, output[1])
+    # Else autograd makes a gradient of zeros for the latents, as large as they are.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -717,7 +719,8 @@ def class_reconstruction(
 
     Dtypes: encoder and decoder are cast to the dtype of x, inside `torch.autocast` all three to
     autocast's, and the gradients come back in each argument's own. fp32 is computed as fp32, on
-    the ordinary pipes: train in bf16. fp16 needs a scaled loss, as everywhere.
+    the ordinary pipes, but for PyTorch's own matrix products where TF32 has been allowed: train in
+    bf16. fp16 needs a scaled loss, as everywhere.
 
     Memory of the Triton form beside arguments, errors and gradients: the latents up to 512 MiB
     until backward (larger ones are made again, so nothing is held then), and while a direction
@@ -730,8 +733,9 @@ def class_reconstruction(
     Args:
         x: features, [n, C], fp32, bf16 or fp16; a channels-last map [b, C, h, w] is
             `x.permute(0, 2, 3, 1).flatten(0, 2)`.
-        encoder: [K, L, C], fp32, bf16 or fp16. The Triton form takes up to 64 latents; fast are 16,
-            32 and 64, with n and C multiples of 128. Else the arguments are padded, in a copy.
+        encoder: [K, L, C], fp32, bf16 or fp16. The Triton form takes up to 64 latents, and 8
+            million features (2 million in fp32); fast are 16, 32 and 64 latents, with n and C
+            multiples of 128. Else the arguments are padded, in a copy.
         decoder: [K, L, C], the weights from latents to channels.
         backend: "torch" or "triton"; None = the environment variable BACKMIX_KERNELS, else the
             best form there is.
@@ -745,19 +749,31 @@ def class_reconstruction(
         ValueError: wrong shape, device or option; with `check`, a value that is not finite.
     """
     _check_tensors(x, encoder, decoder)
-    latents = encoder.shape[1]
-    wide = f"{latents} latents, the most are {_MOST_LATENTS}" if latents > _MOST_LATENTS else None
-    form = dispatch.choose(backend, "class_reconstruction", x.device, unsupported=wide)
-    if check:
-        _check_values(x=x, encoder=encoder, decoder=decoder)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
+    form = dispatch.choose(
+        backend,
+        "class_reconstruction",
+        x.device,
+        unsupported=_unsupported(len(x), encoder.shape[1], dtype.itemsize),
+    )
+    if check:
+        _check_values(x=x, encoder=encoder, decoder=decoder)
     x, encoder, decoder = x.to(dtype), encoder.to(dtype), decoder.to(dtype)
     if form == "torch":
         return class_reconstruction_meaning(x, encoder, decoder)
     keep = torch.is_grad_enabled() and any(y.requires_grad for y in (x, encoder, decoder))
     return _class_reconstruction_triton(x, encoder, decoder, keep)[0]
+
+
+def _unsupported(n: int, latents: int, itemsize: int) -> str | None:
+    """Return what of a problem's size is beyond the kernels, None if nothing is."""
+    if latents > _MOST_LATENTS:
+        return f"{latents} latents, the most are {_MOST_LATENTS}"
+    # Blocks of features are the second axis of a grid, which CUDA limits.
+    most = 65_535 * configs.reconstruction_blocks(latents, itemsize).fixed
+    return f"{n:,} features, the most are {most:,}" if n > most else None
 
 
 def _check_tensors(x: Tensor, encoder: Tensor, decoder: Tensor) -> None:

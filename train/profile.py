@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 PARTS = ("data", "mix", "forward", "backward", "bank", "optimizer")
@@ -99,6 +100,8 @@ class Profile:
         """Count a step that has been taken; the trace is written after its last."""
         if self.profiler is not None:
             self.taken += 1
+            if self.taken == 0 and self.device == "cuda":
+                torch.cuda.synchronize()  # else what is still to run of earlier steps would count
             self.profiler.step()
             if self.taken == self.active:
                 self._end()
@@ -152,11 +155,13 @@ def table(rows: Iterable[Any], steps: int, device: str) -> str:
     def whole(row: Any) -> float:
         return row.device_time_total if device == "cuda" else row.cpu_time_total
 
-    spans = {row.key: whole(row) for row in rows if row.key in PARTS}
+    # On a GPU a stretch is the kernels that its own thread launched; backward's are another's.
+    told = [name for name in PARTS if (device, name) != ("cuda", "backward")]
+    spans = {row.key: whole(row) for row in rows if row.key in told}
     work = sorted((row for row in rows if not _is_span(row) and own(row) > 0), key=own)[::-1]
     everything = max(sum(own(row) for row in work), 1e-9)
     lines = [f"of {steps} steps on {device}, ms a step:"]
-    lines += [f"{spans[name] / steps / 1e3:10.3f}  {name}" for name in PARTS if name in spans]
+    lines += [f"{spans[name] / steps / 1e3:10.3f}  {name}" for name in told if name in spans]
     lines += [f"the {min(_ROWS, len(work))} that took most of it, with share and calls a step:"]
     lines += [
         f"{own(row) / steps / 1e3:10.3f} {own(row) / everything:6.1%} {row.count / steps:8.1f}  "

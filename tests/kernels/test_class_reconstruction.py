@@ -56,6 +56,19 @@ def arguments(
     return [y.to(dtype).to(device).detach().requires_grad_() for y in made]
 
 
+def clear_of_zero(tensors: list[Tensor], margin: float = 0.015) -> list[Tensor]:
+    """Move features until no difference is nearly 0, where rounding decides about its sign."""
+    x, encoder, decoder = (y.detach().double() for y in tensors)
+    for _ in range(1000):
+        latents = torch.einsum("nc,klc->nkl", x, encoder).tanh()
+        difference = torch.einsum("nkl,klc->nkc", latents, decoder) - x[:, None]
+        near = (difference.abs() < margin).any(1)
+        if not near.any():
+            return [x.to(tensors[0].dtype).requires_grad_(), *tensors[1:]]
+        x = (x + near * 4 * margin * torch.randn_like(x)).to(tensors[0].dtype).double()
+    raise AssertionError("no such features found")
+
+
 def doubles(tensors: list[Tensor]) -> list[Tensor]:
     return [y.detach().cpu().double().requires_grad_() for y in tensors]
 
@@ -211,7 +224,7 @@ def test_the_kernels_agree_with_the_meaning(
 ) -> None:
     if device == "cpu":
         monkeypatch.setattr(configs, "reconstruction_blocks", lambda *_: LARGE_BLOCKS)
-    plain = arguments(*sizes, dtype=dtype)
+    plain = clear_of_zero(arguments(*sizes, dtype=dtype))
     tensors = [poisoned(y.detach(), device).requires_grad_() for y in plain]
     weight = torch.randn(sizes[0], sizes[1])
     reference, reference_gradients = gradients(class_reconstruction_meaning, doubles(plain), weight)
@@ -222,9 +235,7 @@ def test_the_kernels_agree_with_the_meaning(
     relative = float(((errors.cpu() - reference) / reference).abs().max())
     assert relative <= {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
     expect_close(errors, reference, class_reconstruction_meaning(*plain), dtype)
-    # Where a difference is nearly 0 its sign may be another one, and element by element the
-    # gradients then differ; the largest case has 50,000 differences.
-    allowed = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}[dtype]
+    allowed = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     for mine, theirs in zip(found, reference_gradients, strict=True):
         assert norm_ratio(mine, theirs) <= allowed
 
@@ -276,10 +287,12 @@ def test_chunks_change_only_roundings(
 ) -> None:
     tensors, weight = arguments(20, 5, 10, 33, device=device), torch.randn(20, 5)
     reference = gradients(class_reconstruction_meaning, doubles(tensors), weight)
-    monkeypatch.setattr(configs, "reconstruction_blocks", lambda *_: LARGE_BLOCKS)
+    if device == "cpu":  # on a GPU they take too much shared memory in fp32
+        monkeypatch.setattr(configs, "reconstruction_blocks", lambda *_: LARGE_BLOCKS)
+    rows = configs.reconstruction_blocks(16, 4).padding
     monkeypatch.setattr(module, "_KEPT_BYTES", kept)
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 2 * 128 * 16 * 4)  # two classes, then one
-    chunks = list(module._chunks(torch.empty(128, 64), torch.empty(5, 16, 64)))
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 2 * rows * 16 * 4)  # two classes, then one
+    chunks = list(module._chunks(torch.empty(rows, 64), torch.empty(5, 16, 64)))
     assert [(c.start, c.stop) for c in chunks] == [(0, 2), (2, 4), (4, 5)]
     errors, found = gradients(class_reconstruction, tensors, weight, backend="triton")
     for mine, theirs in zip([errors, *found], [reference[0], *reference[1]], strict=True):
@@ -298,8 +311,9 @@ def test_twice_the_same_bits(device: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_empty_batch(form: str) -> None:
-    x, encoder, decoder = arguments(0)
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_empty_batch(form: str, device: str) -> None:
+    x, encoder, decoder = arguments(0, device=device)
     errors = class_reconstruction(x, encoder, decoder, backend=form)  # type: ignore[arg-type]
     assert errors.shape == (0, 3) and errors.dtype == torch.float32
     errors.sum().backward()
@@ -308,8 +322,9 @@ def test_an_empty_batch(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_memory_in_another_order_gives_the_same(form: str) -> None:
-    x, encoder, decoder = arguments(6, 3, 16, 10)
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_in_another_order_gives_the_same(form: str, device: str) -> None:
+    x, encoder, decoder = arguments(6, 3, 16, 10, device=device)
     turned = [x.T.contiguous().T, encoder.mT.contiguous().mT, decoder.transpose(0, 1)]
     turned[2] = turned[2].contiguous().transpose(0, 1)
     torch.testing.assert_close(
@@ -318,8 +333,9 @@ def test_memory_in_another_order_gives_the_same(form: str) -> None:
     )
 
 
-def test_a_frozen_backbone_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, weight = arguments(), torch.randn(5, 3)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_frozen_backbone_costs_no_gradient(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, weight = arguments(device=device), torch.randn(5, 3, device=device)
     _, (_, dencoder, ddecoder) = gradients(class_reconstruction, tensors, weight, backend="triton")
     monkeypatch.delattr(module, "sign_sum_launch")
     x, encoder, decoder = tensors[0].detach(), *tensors[1:]
@@ -328,8 +344,9 @@ def test_a_frozen_backbone_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) ->
     assert found[0].equal(dencoder) and found[1].equal(ddecoder)
 
 
-def test_nothing_is_kept_without_gradients() -> None:
-    x, encoder, decoder = arguments()
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_is_kept_without_gradients(device: str) -> None:
+    x, encoder, decoder = arguments(device=device)
     kept: list[int] = []
     op = module._class_reconstruction_triton
 
@@ -367,8 +384,31 @@ def test_the_memory_that_the_docstring_names(latents: int, channels: int, most: 
     assert most < 2**30
 
 
-def test_a_second_derivative_is_refused() -> None:
-    tensors = arguments()
+class Zeros(TorchDispatchMode):
+    """The shapes of the zeros that autograd makes inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[list[int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if "zeros" in str(func):
+            self.shapes.append(list(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_backward_makes_no_gradient_of_the_latents_that_were_kept(device: str) -> None:
+    errors = class_reconstruction(*arguments(device=device), backend="triton")
+    with Zeros() as zeros:
+        errors.sum().backward()
+    assert zeros.shapes == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_second_derivative_is_refused(device: str) -> None:
+    tensors = arguments(device=device)
     errors = class_reconstruction(*tensors, backend="triton")
     (slope,) = torch.autograd.grad(errors.sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="class_reconstruction_backward"):
@@ -393,8 +433,9 @@ def test_autocast_decides_the_dtype(form: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_parameters_take_the_dtype_of_x(form: str) -> None:
-    x, encoder, decoder = arguments(dtype=torch.float16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_parameters_take_the_dtype_of_x(form: str, device: str) -> None:
+    x, encoder, decoder = arguments(dtype=torch.float16, device=device)
     wide = [encoder.detach().float().requires_grad_(), decoder.detach().float().requires_grad_()]
     errors = class_reconstruction(x, *wide, backend=form)  # type: ignore[arg-type]
     expected = class_reconstruction(x, encoder, decoder, backend=form)  # type: ignore[arg-type]
@@ -428,14 +469,15 @@ class Head(torch.nn.Module):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_model_compiles_whole(form: str, dynamic: bool | None) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_compiles_whole(device: str, form: str, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    plain = Head(form)
+    plain = Head(form).to(device)
     model = copy.deepcopy(plain)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (2, 3, 5):
-        images, labels = torch.randn(n, 3, 5, 4), torch.arange(n) % 3
+        images, labels = torch.randn(n, 3, 5, 4).to(device), torch.arange(n, device=device) % 3
         mine, theirs = compiled(images, labels), plain(images, labels)
         torch.testing.assert_close(mine, theirs)
         mine.backward()
@@ -445,12 +487,13 @@ def test_a_model_compiles_whole(form: str, dynamic: bool | None) -> None:
     assert torch._dynamo.utils.counters["graph_break"].total() == 0
 
 
-def test_the_ops_are_registered_as_they_behave() -> None:
-    tensors = arguments(3, 2, 5, 7)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_ops_are_registered_as_they_behave(device: str) -> None:
+    tensors = arguments(3, 2, 5, 7, device=device)
     torch.library.opcheck(module._class_reconstruction_triton, (*tensors, True))
     plain = [y.detach() for y in tensors]
     _, kept = module._class_reconstruction_triton(*plain, True)
-    gradient = torch.randn(3, 2)
+    gradient = torch.randn(3, 2, device=device)
     for for_x in (True, False):
         torch.library.opcheck(
             module._class_reconstruction_backward, (gradient, *plain, kept, for_x)
@@ -459,10 +502,11 @@ def test_the_ops_are_registered_as_they_behave() -> None:
 
 @pytest.mark.parametrize("n", [0, 5])
 @pytest.mark.parametrize("keep", [True, False])
-def test_fakes_have_the_real_strides(n: int, keep: bool) -> None:
-    plain = [y.detach() for y in arguments(n, 3, 20, 40)]
+@pytest.mark.parametrize("device", DEVICES)
+def test_fakes_have_the_real_strides(device: str, n: int, keep: bool) -> None:
+    plain = [y.detach() for y in arguments(n, 3, 20, 40, device=device)]
     real = module._class_reconstruction_triton(*plain, keep)
-    gradient = torch.randn(n, 3)
+    gradient = torch.randn(n, 3, device=device)
     real += module._class_reconstruction_backward(gradient, *plain, real[1], keep)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(y) for y in plain]
@@ -513,11 +557,14 @@ def test_what_cannot_be_meant_is_refused(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_too_many_latents_are_refused_by_the_kernels_alone(device: str) -> None:
+def test_too_large_problems_are_refused_by_the_kernels_alone(device: str) -> None:
     tensors = arguments(2, 2, 65, 5, device=device)
     with pytest.raises(ValueError, match="65 latents, the most are 64"):
         class_reconstruction(*tensors, backend="triton")
     assert class_reconstruction(*tensors, backend="torch").shape == (2, 2)
+    many = torch.zeros(1, 5, device=device).expand(65_535 * 32 + 1, 5)
+    with pytest.raises(ValueError, match="2,097,121 features, the most are 2,097,120"):
+        class_reconstruction(many, *(y[:, :1] for y in tensors[1:]), backend="triton")
 
 
 # --- with a GPU ----------------------------------------------------------------------------------

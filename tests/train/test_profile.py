@@ -205,11 +205,13 @@ class Row:
 
 
 def test_the_table_of_a_gpu_counts_kernels_and_no_spans() -> None:
+    """Nor backward's span, which holds only the kernel that the main thread launches."""
     rows = [
         Row("aten::convolution", "CPU", device_time_total=6000, self_cpu_time_total=9000),
         Row("conv_kernel", "CUDA", 6000, 6000),
         Row("copy_kernel", "CUDA", 2000, 2000, count=8),
         Row("forward", "CUDA", 7000, 7000, is_user_annotation=True),
+        Row("backward", "CUDA", 2, 2, is_user_annotation=True),
         Row("ProfilerStep#7", "CUDA", 9000, 9000, is_user_annotation=True),
         Row("forward", "CPU", cpu_time_total=1, self_cpu_time_total=1),
     ]
