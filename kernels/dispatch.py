@@ -134,8 +134,9 @@ def expect(
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {names(dtypes)}, got {names([tensor.dtype])}")
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    sides = tensor.shape  # made anew each time it is asked for; and a list beats a generator
+    fits = len(sides) == len(shape) and all(
+        [isinstance(want, str) or want == got for want, got in zip(shape, sides, strict=True)]
     )
     if not fits:
         wanted = ", ".join(str(side) for side in shape)

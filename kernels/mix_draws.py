@@ -240,6 +240,10 @@ def mix_draws_on_device(
     dispatch.expect("rows", rows, (torch.int64,), index.shape, index.device)
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in 0 .. 2^64 - 1, got {seed}")
+    if not 0 <= epoch < 1 << 32:
+        raise ValueError(f"epoch must be in 0 .. 2^32 - 1, got {epoch}")
+    if group < 0 or pad < 0:
+        raise ValueError(f"group and pad must be 0 or more, got {group} and {pad}")
     if not 1 <= patch <= min(size):
         raise ValueError(f"patch must be in 1 .. {min(size)} (the view), got {patch}")
     if position not in ("inside", "clipped"):

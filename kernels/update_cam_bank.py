@@ -379,7 +379,7 @@ def _evenly_spaced(features: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("backmix::update_cam_bank", mutates_args=("bank",))
-def update_cam_bank_op(
+def _update_cam_bank_op(
     bank: Tensor,
     features: Tensor,
     weight: Tensor,
@@ -412,7 +412,7 @@ def update_cam_bank_op(
     ).run()
 
 
-@update_cam_bank_op.register_fake
+@_update_cam_bank_op.register_fake
 def _(*_: object) -> None:
     return None
 
@@ -496,7 +496,7 @@ def update_cam_bank(
         return
     elif torch.compiler.is_compiling():
         number, tensor = (0.0, rate) if isinstance(rate, Tensor) else (float(rate), None)
-        update_cam_bank_op(*arguments, box, flip, shift, patch, *size, number, tensor, normalise)
+        _update_cam_bank_op(*arguments, box, flip, shift, patch, *size, number, tensor, normalise)
     else:
         launch(
             *arguments,

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from backmix.kernels import dispatch
 
@@ -102,6 +105,36 @@ def poisoned_allocations() -> Iterator[None]:
         mock.patch("torch.empty_strided", filled(torch.empty_strided)),
     ):
         yield
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a device would make the host wait, or where host data would be copied to it."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        assert not name.startswith(self.WAITS), f"{name} waits for the device"
+        leaves = tree_leaves((args, kwargs or {}))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        assert all(t.device.type == "meta" for t in tensors), f"{name} touches a host tensor"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(t.dtype != torch.bool for t in tensors[1:2]), f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Make everything an error that waits for the GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def expect_close(kernel: Tensor, reference: Tensor, plain: Tensor, dtype: torch.dtype) -> None:

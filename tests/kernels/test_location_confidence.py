@@ -27,6 +27,7 @@ from tests.kernels.support import (
     UGLY,
     poisoned,
     poisoned_allocations,
+    waiting_is_an_error,
 )
 
 FP16_OR_32 = [torch.float32, torch.float16]
@@ -509,11 +510,8 @@ def test_the_shapes_of_training_on_a_gpu(shape: Any) -> None:
         torch.randn(classes, generator=rng, device="cuda"),
         torch.randint(classes, (n,), generator=rng, device="cuda"),
     )
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         found = case.run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     rows = case.features.permute(0, 2, 3, 1).flatten(0, 2).double()
     assert case.bias is not None
     p = (rows @ case.weight.double().T + case.bias).softmax(1)

@@ -12,12 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from backmix.kernels import mix_background as module
 from backmix.kernels.mix_background import box_fractions, mask_views, view_heat
 from tests.kernels.mix_cases import MEAN, STD, WHOLE, Case, ints, random_case
+from tests.kernels.support import NoWaiting, waiting_is_an_error
 
 # --- the second formula: loops, Python integers, written from the definition ---------------------
 
@@ -383,24 +382,6 @@ def test_gradients_do_not_flow() -> None:
 # --- other devices -------------------------------------------------------------------------------
 
 
-class NoWaiting(TorchDispatchMode):
-    """Raises where a device would make the host wait, or where host data would be copied to it."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        assert not name.startswith(self.WAITS), f"{name} waits for the device"
-        leaves = tree_leaves((args, kwargs or {}))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        assert all(t.device.type == "meta" for t in tensors), f"{name} touches a host tensor"
-        if name in ("index", "index_put", "index_put_"):
-            assert all(t.dtype != torch.bool for t in tensors[1:2]), f"{name} by a mask"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("fill", [None, "keep", (1, 2, 3), "each"])
 @pytest.mark.parametrize("pad", [(0, 0, 0), "reflect"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
@@ -431,11 +412,8 @@ def test_the_form_for_devices_gives_the_same_bits(
 def test_a_gpu_gives_the_same_bits_and_never_waits(dtype: torch.dtype) -> None:
     case = random_case(12, n=16, dtype=dtype)
     there = case.map(lambda t: t.to("cuda"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         out = there.mixed()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert out.cpu().equal(case.mixed())
 
 

@@ -394,6 +394,8 @@ def test_a_large_batch_has_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_offsets_of_16384_images_do_not_overflow() -> None:
     n = 16_384
+    if torch.cuda.mem_get_info()[0] < 9e9:
+        pytest.skip("needs 9 GB of free GPU memory")
     pool = torch.randint(0, 256, (n, 224, 224, 3), dtype=torch.uint8, device="cuda")
     case = random_case(21, n=n, side=(224, 224), grid=(7, 7), shift=None).map(lambda t: t.cuda())
     rows = torch.arange(n, device="cuda")
@@ -411,12 +413,8 @@ def test_offsets_of_16384_images_do_not_overflow() -> None:
 @pytest.mark.gpu
 def test_a_graph_can_be_captured_and_replayed() -> None:
     case = random_case(22, n=16).map(lambda tensor: tensor.to("cuda"))
-    out = case.mixed()
+    out = case.mixed()  # compiles, before the capture
     expected = out.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        case.mixed(out=out)
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         case.mixed(out=out)

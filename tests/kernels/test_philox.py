@@ -203,6 +203,8 @@ def test_nobody_draws_for_an_empty_batch(device: str) -> None:
     ("changes", "error", "message"),
     [
         ({"seed": 2**64}, ValueError, "seed must be in"),
+        ({"epoch": 2**32}, ValueError, "epoch must be in"),
+        ({"pad": -1}, ValueError, "group and pad must be 0 or more, got 0 and -1"),
         ({"patch": 5}, ValueError, r"patch must be in 1 \.\. 4"),
         ({"position": "outside"}, ValueError, "position must be inside or clipped"),
         ({"probability": 1.5}, ValueError, "probability must be in"),

@@ -12,11 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from backmix.kernels.mix_background import box_fractions, mask_views
 from backmix.kernels.update_cam_bank import update_cam_bank
+from tests.kernels.support import NoWaiting, waiting_is_an_error
 
 WHOLE = (0, 0, 65536, 65536)
 
@@ -399,24 +398,6 @@ def test_features_and_weight_with_gradients_are_welcome() -> None:
 # --- other devices -------------------------------------------------------------------------------
 
 
-class NoWaiting(TorchDispatchMode):
-    """Raises where a device would make the host wait, or where host data would be copied to it."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        assert not name.startswith(self.WAITS), f"{name} waits for the device"
-        leaves = tree_leaves((args, kwargs or {}))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        assert all(t.device.type == "meta" for t in tensors), f"{name} touches a host tensor"
-        if name in ("index", "index_put", "index_put_"):
-            assert all(t.dtype != torch.bool for t in tensors[1:2]), f"{name} by a mask"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
 def test_no_value_is_read_on_a_device(moved: bool, rate: Any) -> None:
@@ -441,11 +422,8 @@ def test_a_gpu_gives_the_same_bank_and_never_waits() -> None:
     there = case.map(lambda t: t.to("cuda"))
     bank = there.bank.clone()
     arguments = (there.features, there.weight, there.labels, there.bank_row)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         update_cam_bank(bank, *arguments, **there.options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     expected, off = slow_update(case)
     assert (np.abs(bank.double().cpu().numpy() - expected) <= off).all()
 

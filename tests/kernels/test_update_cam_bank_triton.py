@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from backmix.kernels.configs import CamBankConfig
-from backmix.kernels.update_cam_bank import launch, update_cam_bank, update_cam_bank_op
+from backmix.kernels.update_cam_bank import _update_cam_bank_op, launch, update_cam_bank
 from tests.kernels.support import DEVICES, UGLY, Guarded, poisoned
 from tests.kernels.test_update_cam_bank import (
     MAP,
@@ -357,7 +357,7 @@ def arguments_of_the_op(case: Case, device: str, rate: Tensor | None = None) -> 
 def test_the_op_keeps_the_rules_of_ops(device: str, moved: bool) -> None:
     case = random_case(8, moved=moved)
     rate = torch.tensor(0.25, device=device) if moved else None
-    torch.library.opcheck(update_cam_bank_op, arguments_of_the_op(case, device, rate))
+    torch.library.opcheck(_update_cam_bank_op, arguments_of_the_op(case, device, rate))
 
 
 @pytest.mark.parametrize("tensor", [False, True])
