@@ -111,7 +111,7 @@ class Flag(IntFlag):
     ANIMATED = 1 << 9
     """The first frame of several."""
     ICC = 1 << 10
-    """A colour profile is present."""
+    """The JPEG has a colour profile; of pixels: their source had."""
     WARNED = 1 << 11
     """The JPEG decodes with a warning; of pixels: their source did."""
 

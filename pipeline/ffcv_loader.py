@@ -34,9 +34,6 @@ from backmix.pipeline.views import (
     replace_row,
 )
 
-MOST_SCRATCH = 2 << 30
-"""Bytes that ffcv may reserve for whole decoded images: as many as a step has, in every slot."""
-
 
 class FfcvLoader:
     """Batches from one persistent ffcv Loader; every batch has memory of its own."""
@@ -53,12 +50,17 @@ class FfcvLoader:
         self.device = device
         self._bad: dict[int, str] = {}
         self._running = False
-        # Compiled code holds the addresses of these two, so they live as long as the loader.
+        # Compiled code holds the addresses of these, so they live as long as the loader.
         self._boxes = np.zeros((plan.data.n, 4), np.int32)
         self._codes = np.zeros(plan.data.n, np.int32)
+        pixels = plan.data.sizes[plan.subset.index].astype(np.int64).prod(axis=1).max()
+        self._scratch = np.empty(
+            (plan.options.threads or usable_cores(), int(pixels) * 3), np.uint8
+        )
         training_threads = torch.get_num_threads()
         try:
-            self._stock: Any = _open_stock(plan, self._boxes, self._codes)
+            self._stock: Any
+            self._stock, self._decoder = _open_stock(plan, self._boxes, self._codes, self._scratch)
         finally:
             torch.set_num_threads(training_threads)  # ffcv sets its own number, twice
 
@@ -94,6 +96,7 @@ class FfcvLoader:
         index = self.plan.subset.index[np.concatenate([part.positions for part in parts])]
         self._boxes[index] = self.plan.boxes(place, index)
         self._codes[index] = 0
+        self._decoder.side = self.plan.size(place)
         epoch = _start_epoch(self._stock, index.astype(np.uint64))
         self._running = True
         try:
@@ -156,13 +159,16 @@ def _header_fits(stored: np.ndarray, data: Any, index: int) -> bool:
 # --- stock ffcv -----------------------------------------------------------------------------------
 
 
-def _open_stock(plan: Plan, boxes: np.ndarray, codes: np.ndarray) -> Any:
-    """Return an ffcv Loader whose only output is the views of our boxes.
+def _open_stock(
+    plan: Plan, boxes: np.ndarray, codes: np.ndarray, scratch: np.ndarray
+) -> tuple[Any, Any]:
+    """Return an ffcv Loader whose only output is the views of our boxes, and its decoder.
 
     Args:
         plan: what is delivered.
         boxes: int32 [N, 4] by sample number, read by the decoder.
         codes: int32 [N] by sample number, written by the decoder: 0, or -1 on error or warning.
+        scratch: uint8 [threads, P], a whole decoded image for each thread.
     """
     try:
         with warnings.catch_warnings():
@@ -186,36 +192,37 @@ def _open_stock(plan: Plan, boxes: np.ndarray, codes: np.ndarray) -> Any:
     path = str(plan.data.paths[0])
     stored = reader.Reader(path).handlers
     image = next(k for k, field in stored.items() if isinstance(field, fields.RGBImageField))
-    threads = min(options.threads or usable_cores(), numba.config.NUMBA_NUM_THREADS)
-    pixels = int(plan.data.sizes[plan.subset.index].astype(np.int64).prod(axis=1).max())
-    ahead = max(1, options.prefetch)
-    fitting = MOST_SCRATCH // ((ahead + 2) * pixels * 3)
-    share = -(-min(options.batch, len(plan.subset)) // plan.world)
-    return loader.Loader(
+    decoder = _box_decoder(options.size, boxes, codes, scratch)
+    stock = loader.Loader(
         path,
-        batch_size=max(1, min(share, max(fitting, threads))),
-        num_workers=threads,
+        batch_size=-(-min(options.batch, len(plan.subset)) // plan.world),
+        num_workers=min(len(scratch), numba.config.NUMBA_NUM_THREADS),
         os_cache=True,
         order=loader.OrderOption.SEQUENTIAL,  # never used: every epoch brings its own
         seed=0,  # else it takes one from numpy's global generator
-        pipelines={name: None for name in stored}
-        | {image: [_box_decoder(options.size, pixels, boxes, codes)]},
+        pipelines={name: None for name in stored} | {image: [decoder]},
         drop_last=False,
-        batches_ahead=ahead,
+        batches_ahead=max(1, options.prefetch),
     )
+    return stock, decoder
 
 
-def _box_decoder(size: int, pixels: int, boxes: np.ndarray, codes: np.ndarray) -> Any:
+def _box_decoder(size: int, boxes: np.ndarray, codes: np.ndarray, scratch: np.ndarray) -> Any:
     """Return ffcv's decoder of crops with our boxes and with the return code kept.
 
     numba freezes the value of every array that compiled code closes over, so the arrays are passed
-    as addresses. Their element type is int32 because ffcv marks the type "contiguous uint8" as
+    as addresses. What is written there is int32 because ffcv marks the type "contiguous uint8" as
     read-only for the whole process, once its first Loader exists.
 
+    Stock ffcv decodes every image of a step, in every slot, into memory of its own, gigabytes that
+    it asks for anew in every epoch; here each thread keeps one image's memory, which stays in its
+    cache.
+
+    Its `side` is that of the views [pixels]; ffcv asks for it at the start of every epoch.
+
     Args:
-        size: side of the views [pixels].
-        pixels: most pixels of one stored image.
-        boxes, codes: as in `_open_stock`.
+        size: the first side.
+        boxes, codes, scratch: as in `_open_stock`.
     """
     fields: Any = import_module("ffcv.fields.rgb_image")
     native: Any = import_module("ffcv.libffcv")
@@ -224,20 +231,29 @@ def _box_decoder(size: int, pixels: int, boxes: np.ndarray, codes: np.ndarray) -
     numba: Any = import_module("numba")
     types, carray = numba.types, numba.carray
 
-    @import_module("numba.extending").intrinsic
-    def int32_at(typing_context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+    def pointer(kind: Any) -> Any:
+        """Return a function for compiled code: an address -> a pointer to `kind`."""
 
-        return types.CPointer(types.int32)(types.int64), generate
+        def at(typing_context: Any, address: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    n, boxes_address, codes_address = len(boxes), boxes.ctypes.data, codes.ctypes.data
+            return types.CPointer(kind)(types.int64), generate
+
+        return import_module("numba.extending").intrinsic(at)
+
+    int32_at, uint8_at, thread = pointer(types.int32), pointer(types.uint8), numba.get_thread_id
+    n, (threads, length) = len(boxes), scratch.shape
+    boxes_address, codes_address = boxes.ctypes.data, codes.ctypes.data
+    scratch_address = scratch.ctypes.data
 
     class BoxDecoder(fields.ResizedCropRGBImageDecoder):
+        side = size
+
         def declare_state_and_memory(self, previous_state: Any) -> Any:
-            views, uint8 = (size, size, 3), np.dtype(np.uint8)
+            views, uint8 = (self.side, self.side, 3), np.dtype(np.uint8)
             state = dataclasses.replace(previous_state, jit_mode=True, shape=views, dtype=uint8)
-            return state, (query(views, uint8), query((pixels * 3,), uint8))
+            return state, query(views, uint8)
 
         @property
         def get_crop_generator(self) -> Any:  # abstract in the parent, not used by our code
@@ -250,8 +266,8 @@ def _box_decoder(size: int, pixels: int, boxes: np.ndarray, codes: np.ndarray) -
             decode_jpeg = compiler.compile(native.imdecode)
             cut_and_resize = compiler.compile(native.resize_crop)
 
-            def decode(batch_indices, storage, metadata, storage_state):
-                views, scratch = storage
+            def decode(batch_indices, views, metadata, storage_state):
+                images = carray(uint8_at(scratch_address), (threads, length))
                 box_of = carray(int32_at(boxes_address), (n, 4))
                 code_of = carray(int32_at(codes_address), (n,))
                 for row in samples(len(batch_indices)):
@@ -260,11 +276,11 @@ def _box_decoder(size: int, pixels: int, boxes: np.ndarray, codes: np.ndarray) -
                     stored = read(field["data_ptr"], storage_state)
                     height, width = np.uint32(field["height"]), np.uint32(field["width"])
                     if field["mode"] == jpg:
-                        image = scratch[row]
+                        image = images[thread()]
                         code_of[sample] = decode_jpeg(
                             stored, image, height, width, height, width, 0, 0, 1, 1, False, False
                         )
-                        image = image.reshape(-1)[: 3 * height * width]
+                        image = image[: 3 * height * width]
                         image = image.reshape(height, width, 3)
                     else:
                         image = stored.reshape(height, width, 3)

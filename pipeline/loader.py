@@ -15,6 +15,8 @@ import torch
 
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import BetonSet, open_set
+from backmix.pipeline.dali_loader import DaliLoader
+from backmix.pipeline.fastest import fastest
 from backmix.pipeline.ffcv_loader import FfcvLoader
 from backmix.pipeline.options import LoaderOptions, refuse_unknown_choices
 from backmix.pipeline.plan import Plan
@@ -27,6 +29,9 @@ LARGEST_AUTOMATIC_POOL = 2 << 30
 MOST_THREADS = 1024
 LARGEST_VIEW = 16_384
 """Longest side of a view [pixels]: 805 MB."""
+
+
+Kind = Literal["resident", "turbo", "ffcv", "dali"]
 
 
 class Loader(Protocol):
@@ -80,13 +85,14 @@ def open_loader(
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Loader:
     """Open a loader on one .beton file, or on several as one data set.
 
     Args:
         paths: the file or files, in the order of their samples.
-        options: batch, view, crop, order, threads and so on. Threads and prefetch never change
-            results.
+        options: batch, view, crop, order, threads and so on. Decoder, threads and prefetch never
+            change results.
         split: train: shuffled, random crops if asked, bad images replaced. eval: stored order,
             whole images or centre crops, bad images left out.
         subset: the samples to use and their labels; default: all, with their stored labels.
@@ -95,6 +101,7 @@ def open_loader(
         device: where the batches go.
         rank, world: this process and the number of processes; each gets its share of every step.
         progress: called with (done, all) while a resident pool is decoded.
+        say: called with the lines of `--loader.loader fastest`.
 
     Raises ValueError for options that cannot be served and for damaged files, OSError for files
     that cannot be read.
@@ -105,30 +112,59 @@ def open_loader(
     try:
         chosen = _chosen(data, subset)
         plan = Plan(data, chosen, options, split == "train", rank, world)
-        match _resolve(options, plan.training, len(chosen)):
+        match _choose(plan, device, say):
             case "resident":
                 return ResidentLoader(plan, device, seed, progress)
             case "turbo":
                 return TurboLoader(plan, device)
             case "ffcv":
                 return FfcvLoader(plan, device)
+            case "dali":
+                return DaliLoader(plan, device)
     except BaseException:
         data.close()
         raise
 
 
-def _resolve(
-    options: LoaderOptions, training: bool, n: int
-) -> Literal["resident", "turbo", "ffcv"]:
-    """Return the loader that serves the options.
+def choose(
+    data: BetonSet,
+    options: LoaderOptions,
+    subset: Subset,
+    *,
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = print,
+) -> Kind:
+    """Return the loader that `open_loader` would take for training.
+
+    For `fastest` that takes seconds, and another call may choose another one: a run asks once.
+
+    Args:
+        data: the data set, open.
+        options, subset, device, say: as in `open_loader`.
+    """
+    _check(options, "train", 0, 0, 1)
+    return _choose(Plan(data, subset, options, True), torch.device(device), say)
+
+
+def _choose(plan: Plan, device: torch.device, say: Callable[[str], None]) -> Kind:
+    """Return the loader that serves a plan.
 
     Auto depends on options and data alone, not on the machine: donors of a resident pool come from
     the whole set, so another choice on another machine would be another training run.
     """
-    if options.loader != "auto":
+    options = plan.options
+    if options.loader != "auto" and options.loader != "fastest":
         return options.loader
-    small = n * options.size**2 * 3 <= LARGEST_AUTOMATIC_POOL
-    return "resident" if training and options.crop == "whole" and small else "turbo"
+    small = len(plan.subset) * options.size**2 * 3 <= LARGEST_AUTOMATIC_POOL
+    if plan.training and options.crop == "whole" and small and not options.grow_from:
+        return "resident"
+    if options.loader == "auto" or not plan.training:
+        return "turbo"
+    if plan.world > 1:
+        raise ValueError(
+            "--loader.loader fastest is for one process: several could choose different loaders"
+        )
+    return fastest(plan.data, options, plan.subset, device, say)
 
 
 def _chosen(data: BetonSet, subset: Subset | None) -> Subset:
@@ -163,6 +199,17 @@ def _check(options: LoaderOptions, split: str, seed: int, rank: int, world: int)
         1 <= options.size <= LARGEST_VIEW,
         f"--loader.size must be 1 to {LARGEST_VIEW} pixels, got {options.size}",
     )
+    first, last = options.grow
+    require(
+        0 <= options.grow_from <= options.size,
+        f"--loader.grow-from must be 0 to {options.size} pixels (--loader.size), "
+        f"got {options.grow_from}",
+    )
+    require(
+        0 <= first <= last and (last > 0) == (options.grow_from > 0),
+        "growing views need --loader.grow-from PIXELS and --loader.grow FIRST LAST, with epochs "
+        f"0 <= FIRST <= LAST, LAST at least 1; got {options.grow_from} and {first} {last}",
+    )
     require(
         0 < low <= high <= 1, f"--loader.scale must be two shares 0 < a <= b <= 1, got {low} {high}"
     )
@@ -179,6 +226,9 @@ def _check(options: LoaderOptions, split: str, seed: int, rank: int, world: int)
         f"--loader.threads must be 0 to {MOST_THREADS}, got {options.threads}",
     )
     require(options.prefetch >= 0, f"--loader.prefetch must be 0 or more, got {options.prefetch}")
+    require(
+        0 <= options.hw_share <= 1, f"--loader.hw-share must be in [0, 1], got {options.hw_share}"
+    )
     require(0 <= options.max_bad <= 1, f"--loader.max-bad must be in [0, 1], got {options.max_bad}")
     require(options.group >= 0, f"--loader.group must be 0 or more, got {options.group}")
     require(0 <= seed < 1 << 64, f"the seed must be in 0 .. 2^64 - 1, got {seed}")

@@ -22,6 +22,9 @@ class ConvertOptions:
     """JPEG quality 1..100 of what is encoded; given, it re-encodes every JPEG (default 90)."""
     max_side: int | None = None
     """Shrink images so that the longer side is at most this [pixels]."""
+    preset: Literal["none", "s500", "s384", "s256"] = "none"
+    """Make a smaller set of JPEGs. s500, s384: the longer side at most 500 or 384 pixels. s256: the
+    shorter side at most 256. What is shrunk, and what is no JPEG, is encoded at quality 90."""
     classes: Path | None = None
     """File with one class name a line: fixes the class list and its order."""
     check: Literal["scaled", "full", "none"] = "scaled"
@@ -40,16 +43,24 @@ class ConvertOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """How batches are made. Threads and prefetch never change results."""
+    """How batches are made. Decoder, threads and prefetch never change results."""
 
-    loader: Literal["auto", "resident", "turbo", "ffcv"] = "auto"
+    loader: Literal["auto", "resident", "turbo", "ffcv", "dali", "fastest"] = "auto"
     """resident: all images decoded once and kept on the device. turbo: libjpeg-turbo in threads.
-    ffcv: the stock ffcv pipeline. auto: resident in training on whole images of
-    at most 2 GiB in all, else turbo."""
+    ffcv: the stock ffcv pipeline. dali: NVIDIA DALI, on the GPU where the batches go to one. auto:
+    resident in training on whole images of at most 2 GiB in all, else turbo. fastest: where auto
+    trains by turbo, time turbo, ffcv and dali on the data, as far as they are installed, and take
+    the fastest; their pixels differ by little, so the run remembers it."""
     batch: int = 128
     """Images per step, all ranks together."""
     size: int = 32
     """Side of the square view [pixels]."""
+    grow_from: int = 0
+    """Training begins with views of this side and ends with --loader.size; 0 = always that
+    [pixels]."""
+    grow: tuple[int, int] = (0, 0)
+    """Finished epochs at which the views begin to grow, and from which on they have the full size;
+    in between linearly, in multiples of 32 pixels."""
     crop: Literal["whole", "random"] = "whole"
     """whole: the whole image, resized to the view. random: random-resized-crop in training,
     centre crop in evaluation."""
@@ -65,16 +76,44 @@ class LoaderOptions:
     """Shuffle over the whole set, or inside windows of pages (data larger than memory)."""
     window: int = 16
     """Pages per window (order windowed)."""
+    decoder: Literal["auto", "full", "region"] = "auto"
+    """turbo: what is decoded of a JPEG. full: the whole image. region: no more than the crop, by
+    nvImageCodec (extra region), where the converter has decoded the image and its checksum is
+    right. auto: region where it is installed. The pixels are the same."""
     threads: int = 0
     """Decoding threads; 0 = one per core."""
     prefetch: int = 3
     """Batches decoded ahead."""
+    hw_share: float = 0.65
+    """dali: share of the JPEGs that the GPU's JPEG engine decodes, 0 to 1, where it has one. Engine
+    and shaders may differ in pixels by little: 0 or 1 where runs must repeat bit by bit."""
     on_bad: Literal["replace", "error"] = "replace"
     """An undecodable image in training: draw another one for it, or stop."""
     max_bad: float = 0.001
     """Share of an epoch that may be replaced before the run stops."""
     verify: bool = True
     """Check every sample's checksum when it is read."""
+
+
+GROWTH_STEP = 32
+"""While the view grows its side is a multiple of this [pixels]."""
+
+
+def size_at(options: LoaderOptions, epoch: int) -> int:
+    """Return the side of the training views of an epoch (0 is the first) [pixels].
+
+    The rule of ffcv's ImageNet recipes.
+    """
+    if not options.grow_from:
+        return options.size
+    first, last = options.grow
+    if epoch <= first:
+        return options.grow_from
+    if epoch >= last:
+        return options.size
+    side = options.grow_from + (options.size - options.grow_from) * (epoch - first) / (last - first)
+    side = round(side / GROWTH_STEP) * GROWTH_STEP
+    return min(max(side, options.grow_from), options.size)
 
 
 def refuse_unknown_choices(options: Any, prefix: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from backmix.pipeline import draws, order
 from backmix.pipeline.beton import BetonSet
-from backmix.pipeline.options import LoaderOptions
+from backmix.pipeline.options import LoaderOptions, size_at
 from backmix.pipeline.subset import Subset
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ class Plan:
             last = min(start + groups * (self.rank + 1) // self.world * group, end)
             yield Part(sequence[first:last], dataclasses.replace(place, consumed=end))
             start = end
+
+    def size(self, place: "Place") -> int:
+        """Return the side of the views in the epoch of `place` [pixels]."""
+        return size_at(self.options, place.epoch) if self.training else self.options.size
 
     def boxes(self, place: "Place", index: np.ndarray) -> np.ndarray:
         """Return the crops of the samples `index` in the epoch of `place`, int32 [n, 4]."""

@@ -49,6 +49,11 @@ class ResidentLoader:
                 "the resident loader decodes every image once, so it cannot cut another crop in "
                 "every epoch: choose --loader.loader turbo, or --loader.crop whole"
             )
+        if plan.training and plan.options.grow_from:
+            raise ValueError(
+                "the resident loader keeps every image in one size, so its views cannot grow: "
+                "choose --loader.loader turbo, or --loader.grow-from 0"
+            )
         self.plan = plan
         self.device = device
         size, n = plan.options.size, len(plan.subset)

@@ -15,6 +15,7 @@ import torch
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.decode import decoding_threads
 from backmix.pipeline.plan import Part, Plan
+from backmix.pipeline.regions import Regions
 from backmix.pipeline.subset import Subset
 from backmix.pipeline.views import Views, as_batch, empty_views, fill_rows, register
 
@@ -31,6 +32,7 @@ class TurboLoader:
         self.plan = plan
         self.device = device
         self._bad: dict[int, str] = {}
+        self._regions = _regions(plan)
         self._threads = decoding_threads(plan.options.threads)
         self._closed = False
 
@@ -87,7 +89,9 @@ class TurboLoader:
         views = empty_views(self.plan, part, pinned=self.device.type == "cuda")
         n = len(views.index)
         return views, [
-            self._threads.submit(fill_rows, self.plan, views, range(row, min(row + CHUNK, n)))
+            self._threads.submit(
+                fill_rows, self.plan, views, range(row, min(row + CHUNK, n)), self._regions
+            )
             for row in range(0, n, CHUNK)
         ]
 
@@ -102,3 +106,16 @@ class TurboLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _regions(plan: Plan) -> Regions | None:
+    """Return the decoder of regions, None where images are to be decoded whole."""
+    options = plan.options
+    if options.decoder == "full" or (options.decoder == "auto" and options.crop == "whole"):
+        return None
+    try:
+        return Regions(plan.data, options.verify)
+    except ValueError:
+        if options.decoder == "region":
+            raise
+        return None

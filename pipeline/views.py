@@ -13,6 +13,7 @@ from torch import Tensor
 from backmix.pipeline.batch import Batch, HostRows
 from backmix.pipeline.decode import cut, read_image
 from backmix.pipeline.plan import Part, Plan
+from backmix.pipeline.regions import Regions
 
 GOOD, WARNED, REPLACED, MISSING = 0, 1, 2, 255
 MOST_ATTEMPTS = 100
@@ -39,7 +40,7 @@ class Views:
 def empty_views(plan: Plan, part: Part, *, pinned: bool = False) -> Views:
     """Return the views of a part with everything known but the pixels."""
     index = plan.subset.index[part.positions]
-    size = plan.options.size
+    size = plan.size(part.place)
     try:
         pixels = torch.empty(len(index), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
     except RuntimeError as error:
@@ -58,11 +59,16 @@ def empty_views(plan: Plan, part: Part, *, pinned: bool = False) -> Views:
     )
 
 
-def fill_rows(plan: Plan, views: Views, rows: range) -> None:
-    """Decode some rows of the views; threads may fill different rows at the same time."""
+def fill_rows(plan: Plan, views: Views, rows: range, regions: Regions | None = None) -> None:
+    """Decode some rows of the views; threads may fill different rows at the same time.
+
+    With `regions` no more than the boxes is decoded, where that gives the same.
+    """
     pixels = views.pixels.numpy()
     for row in rows:
         try:
+            if regions and regions.show(int(views.index[row]), views.boxes[row], pixels[row]):
+                continue
             _show(plan, views, row, pixels[row])
         except ValueError as error:
             replace_row(plan, views, row, error)

@@ -29,7 +29,7 @@ def check(run: Run) -> None:
     _within("optim.clip", optim.clip, 0)
     for milestone in optim.milestones:
         _within("optim.milestones", milestone, 0)
-    _within("augment.pad", augment.pad, 0, size - 1)
+    _within("augment.pad", augment.pad, 0, (run.loader.grow_from or size) - 1)
     for mean, std in zip(augment.mean, augment.std, strict=True):
         _within("augment.mean", mean, -1e6, 1e6)
         _within("augment.std", std, 1e-6, 1e6)
@@ -39,6 +39,11 @@ def check(run: Run) -> None:
             "add --split.protocol None to choose by name"
         )
     if isinstance(run.method, BackMix):
+        if run.loader.grow_from:
+            raise ValueError(
+                "--loader.grow-from: BackMix keeps its activation maps and its patches in one size "
+                "of the views; train it at --loader.size alone, or let softmax grow"
+            )
         _check_backmix(run.method, size)
 
 

@@ -262,7 +262,10 @@ def _first_batch(
     beton: BetonSet, options: LoaderOptions, subset: Subset, place: Place, count: int
 ) -> Batch:
     """Return the first `count` images of an epoch, as their loader would cut them."""
-    few = replace(options, loader="turbo", batch=count, group=count, threads=1, prefetch=1)
+    few = replace(
+        options, loader="turbo", batch=count, group=count, threads=1, prefetch=1,
+        grow_from=0, grow=(0, 0),
+    )  # fmt: skip
     with open_loader(beton.paths, few, split="train", subset=subset, seed=place.seed) as loader:
         return next(iter(loader.batches(place)))
 

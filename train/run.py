@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -20,7 +20,7 @@ import torch
 
 from backmix.pipeline.batch import Place
 from backmix.pipeline.beton import BetonSet, open_set
-from backmix.pipeline.loader import Loader, open_loader
+from backmix.pipeline.loader import Loader, choose, open_loader
 from backmix.pipeline.subset import Subset, hold_out, select
 from backmix.train import protocols
 from backmix.train.check import check
@@ -95,10 +95,12 @@ def prepare_run(
     recipe: str,
     command: list[str],
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> tuple[Config, State, Loader]:
     """Open the data and make model, optimizer and method of a run, as its seed makes them.
 
-    `progress` is called with (done, all) while a resident pool is decoded.
+    `progress` is called with (done, all) while a resident pool is decoded, `say` with the lines of
+    `--loader.loader fastest`, of which an unfinished run keeps what it began with.
     """
     check(run)
     resolved = resolve(run)
@@ -107,12 +109,17 @@ def prepare_run(
     with open_set(run.data) as data:
         known = known_classes(run, data.classes)
         subset = training_subset(run, data.labels, known, data.classes)
+        loader_options = run.loader
+        if run.loader.loader == "fastest" and resolved.loader:
+            loader_options = replace(run.loader, loader=resolved.loader)
+        kind = choose(data, loader_options, subset, device=device, say=say)
+        resolved = replace(resolved, loader=kind)
         config = Config.of(run, recipe, command, resolved, data, known, len(subset))
         views = view_dtype(resolved)
         state = fresh_state(run, data, subset, len(known), device, views)
     loader = open_loader(
         run.data,
-        run.loader,
+        replace(run.loader, loader=kind),
         split="train",
         subset=subset,
         seed=run.seed,
@@ -238,8 +245,11 @@ def _train_locked(
     def decoding(done: int, total: int) -> None:
         progress.show(f"decoding: {done:,} of {total:,}")
 
+    def say(line: str) -> None:
+        progress.show(line, final=True)
+
     refuse_other_options(run)
-    config, state, loader = prepare_run(run, recipe, command, decoding)
+    config, state, loader = prepare_run(run, recipe, command, decoding, say)
     with loader:
         refuse_other_data_or_write(run, config)
         found, said = newest_checkpoint(run.out)
@@ -268,7 +278,7 @@ def _train_locked(
                 first=state.step + 1,
                 left=run.epochs * -(-loader.samples // run.loader.batch) - state.step,
                 device=config.resolved.device,
-                say=lambda line: progress.show(line, final=True),
+                say=say,
             ) as profile:
                 return _go(run, config, state, loader, log, progress, stop, profile)
         finally:

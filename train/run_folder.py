@@ -25,6 +25,8 @@ class Resolved:
     """cpu or cuda."""
     threads: int
     """Threads of CPU arithmetic."""
+    loader: str = ""
+    """What reads the data; empty where that is still to be found out."""
 
 
 def resolve(run: Run) -> Resolved:
@@ -41,12 +43,14 @@ def resolve(run: Run) -> Resolved:
         raise ValueError("--device cuda: there is no CUDA device here")
     device = run.device if run.device != "auto" else "cuda" if cuda else "cpu"
     threads, precision = run.threads, run.precision
+    loader = ""
     if before:
+        loader = str(before.get("loader", ""))
         threads = threads or int(before["threads"])
         precision = before["precision"] if precision == "auto" else precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-    return Resolved(str(precision), device, threads or usable_cores())
+    return Resolved(str(precision), device, threads or usable_cores(), loader)
 
 
 def has_bf16(device: str) -> bool:

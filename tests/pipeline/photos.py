@@ -32,19 +32,21 @@ def record(seed: int, mode: int, size: tuple[int, int] | None = None) -> Record:
     return Record(data, mode, height, width, label, 0, f"{CLASSES[label]}/{seed}.jpg")
 
 
-def write_records(path: Path, records: Sequence[Record]) -> Path:
+def write_records(path: Path, records: Sequence[Record], check: str = "") -> Path:
+    """Write a file; `check` as if the converter had decoded the images."""
+    options = {"check": check} if check else {}
     with Writer(
-        path, samples=len(records), page_size=1 << 21, classes=CLASSES, options={}
+        path, samples=len(records), page_size=1 << 21, classes=CLASSES, options=options
     ) as writer:
         for one in records:
             writer.append(one)
     return path
 
 
-def write_photos(path: Path, count: int, first: int = 0) -> Path:
+def write_photos(path: Path, count: int, first: int = 0, check: str = "") -> Path:
     """Write `count` samples, every third raw."""
     return write_records(
-        path, [record(k, RAW if k % 3 == 0 else JPG) for k in range(first, first + count)]
+        path, [record(k, RAW if k % 3 == 0 else JPG) for k in range(first, first + count)], check
     )
 
 

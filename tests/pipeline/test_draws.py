@@ -147,6 +147,49 @@ def test_crops_are_distributed_as_torchvisions(size, torchvision):
     assert alike(a, c) and alike(b, d)
 
 
+def cells(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Sort boxes into cells of share of the area x shape, and of place in y x place in x."""
+    height, width = size
+    y0, x0, h, w = boxes.astype(float).T
+    share = np.minimum(h * w / (height * width) * 5, 4).astype(int)
+    shape = np.clip((np.log(w / h) / np.log(4 / 3) + 1) * 2.5, 0, 4).astype(int)
+    y, x = y0 / np.maximum(height - h, 1), x0 / np.maximum(width - w, 1)
+    place = np.minimum(y * 4, 3).astype(int) * 4 + np.minimum(x * 4, 3).astype(int)
+    return np.stack([share * 5 + shape, place])
+
+
+def same_cells(a: np.ndarray, b: np.ndarray) -> float:
+    """The p-value of the chi-square test that two samples of cells have one distribution."""
+    counts = np.stack([np.bincount(sample, minlength=25) for sample in (a, b)])
+    common = counts.sum(axis=0) >= 20
+    table = counts[:, common]
+    if (rest := counts[:, ~common].sum(axis=1)).sum() >= 20:
+        table = np.column_stack([table, rest])
+    return float(stats.chi2_contingency(table).pvalue)  # pyright: ignore
+
+
+@pytest.mark.slow  # importing torchvision takes most of the time
+@pytest.mark.parametrize("size", [(300, 400), (500, 375), (97, 31), (40, 260), (64, 64), (7, 9)])
+def test_crops_fill_the_cells_of_torchvisions(size, torchvision):
+    """Area and shape together, and both places together; another ratio would be noticed."""
+    import torch
+
+    n = 20_000
+    image = torch.empty(1, *size)
+    torch.manual_seed(2)
+    draw = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = cells(np.array([draw(image, list(SCALE), list(RATIO)) for _ in range(n)]), size)
+
+    def ours(ratio: tuple[float, float]) -> np.ndarray:
+        sizes = np.tile(size, (n, 1))
+        return cells(draws.crop_boxes(3, 1, np.arange(n), sizes, SCALE, ratio), size)
+
+    for mine, other in zip(ours(RATIO), theirs, strict=True):
+        assert same_cells(mine, other) > 1e-3
+    if min(size) > 31:  # else most boxes are the fallback
+        assert same_cells(ours((0.8, 4 / 3))[0], theirs[0]) < 1e-6
+
+
 def test_the_fallback_is_centred_and_at_the_limit_of_the_ratio():
     sizes = np.array([[10, 1000], [1000, 10], [30, 31]])
     # No box of four times the image's area fits, so every image falls back.

@@ -106,6 +106,12 @@ def explore(folder: Path) -> None:
         loader.plan = dataclasses.replace(loader.plan, training=False)  # pyright: ignore
         save(folder / "left_out.npz", list(loader.batches(Place(1))))
 
+    growing = dataclasses.replace(TRAIN, grow_from=32, grow=(0, 1))
+    train.plan = dataclasses.replace(train.plan, options=growing)  # pyright: ignore
+    for epoch in (0, 1):
+        save(folder / f"grown{epoch}.npz", list(train.batches(Place(3, epoch))))
+    train.plan = dataclasses.replace(train.plan, options=TRAIN)  # pyright: ignore
+
     damage(photos, 5)  # from here on by its checksum alone
     options = dataclasses.replace(TRAIN, on_bad="error")
     train.plan = dataclasses.replace(train.plan, options=options)  # pyright: ignore
@@ -206,6 +212,14 @@ def test_it_delivers_the_samples_and_boxes_of_turbo(found, photos, k):
 
 def test_its_pixels_are_those_of_the_fast_dct_and_inter_area(found):
     assert np.array_equal(found["train0"]["pixels"], found["stock"]["pixels"])
+
+
+def test_views_grow_in_one_loader(found, photos):
+    small = turbo(photos, Place(3, 0), options=dataclasses.replace(TRAIN, size=32))
+    assert found["grown0"]["pixels"].shape == (N, 32, 32, 3)
+    assert np.array_equal(found["grown0"]["boxes"], small["boxes"])
+    assert np.abs(found["grown0"]["pixels"] - small["pixels"].astype(int)).mean() <= 2.5
+    assert np.array_equal(found["grown1"]["pixels"], found["train1"]["pixels"])
 
 
 def test_its_pixels_are_within_the_published_distance_of_the_meaning(found, photos):

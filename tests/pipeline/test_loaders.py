@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,11 @@ FIELDS = [field.name for field in dataclasses.fields(Batch)]
 def photos(tmp_path_factory) -> Path:
     """37 samples, every third raw, sides of 30 to 90 px, three classes."""
     return write_photos(tmp_path_factory.mktemp("photos") / "photos.beton", N)
+
+
+def installed() -> bool:
+    """Whether regions can be decoded here."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.nvimgcodec") is not None
 
 
 def options(loader="turbo", **changes) -> LoaderOptions:
@@ -194,6 +200,28 @@ def test_windowed_order_follows_the_pages(tmp_path):
         assert joined(read(loader, Place(4, 1)), "index").tolist() == expected.tolist()
 
 
+def test_growing_views_have_the_size_of_their_epoch_and_else_change_nothing(photos):
+    growing = options(crop="random", size=64, grow_from=24, grow=(0, 4))
+    with open_loader(photos, growing) as loader:
+        for epoch, side in [(0, 24), (1, 32), (2, 32), (3, 64), (4, 64), (0, 24)]:
+            batches = read(loader, Place(5, epoch, 3))
+            assert {batch.pool.shape[1:] for batch in batches} == {(side, side, 3)}
+            with open_loader(photos, options(crop="random", size=side)) as fixed:
+                assert_same(batches, read(fixed, Place(5, epoch, 3)))
+    with open_loader(photos, growing, split="eval") as evaluation:
+        assert next(evaluation.batches(Place(5))).pool.shape == (8, 64, 64, 3)
+
+
+def test_a_resident_pool_does_not_grow_and_auto_knows(photos):
+    growing = {"size": 32, "grow_from": 16, "grow": (1, 2)}
+    with pytest.raises(ValueError, match=r"cannot grow: choose --loader.loader turbo"):
+        open_loader(photos, options("resident", **growing))
+    with open_loader(photos, options("auto", **growing)) as loader:
+        assert isinstance(loader, TurboLoader)
+    with open_loader(photos, options("resident", **growing), split="eval") as evaluation:
+        assert next(evaluation.batches(Place(0))).pool.shape == (N, 32, 32, 3)
+
+
 # --- places, ranks, threads -----------------------------------------------------------------------
 
 
@@ -267,6 +295,58 @@ def test_the_ranks_share_every_step_in_whole_groups(
             assert max(sizes) - min(sizes) <= 1
 
 
+@given(
+    n=st.integers(1, 150),
+    before=st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 6)),
+    after=st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 6)),
+    steps=st.integers(0, 60),
+    shuffle=st.sampled_from(["full", "windowed"]),
+    training=st.booleans(),
+)
+def test_a_place_continues_on_other_ranks_and_batches(
+    photos, n, before, after, steps, shuffle, training
+):
+    """Every sample once, in the epoch's order, with the draws that it has without a break.
+
+    `before` and `after`: groups per batch, images per group, ranks.
+    """
+    place, whole = Place(3, 4), []
+    with open_set(photos) as data:
+        generator = np.random.default_rng(n)
+        # More samples than the file has, so that the pages can be many, too.
+        many = dataclasses.replace(
+            data,
+            sizes=generator.integers(1, 500, (n, 2)).astype(np.int32),
+            pages=np.sort(generator.integers(0, 12, n)),
+        )
+
+        def plans(groups: int, group: int, world: int) -> list[Plan]:
+            chosen = LoaderOptions(
+                batch=groups * group, group=group, crop="random", order=shuffle, window=3
+            )
+            subset = Subset(np.arange(n), np.zeros(n, np.int64))
+            return [Plan(many, subset, chosen, training, rank, world) for rank in range(world)]
+
+        def delivered(ranks: list[Plan], place: Place, most: int) -> tuple[np.ndarray, Place]:
+            shares = [list(plan.parts(place))[:most] for plan in ranks]
+            parts = [part for step in zip(*shares, strict=True) for part in step]
+            positions = [part.positions for part in parts]
+            return np.concatenate([np.empty(0, np.int64), *positions]), (
+                parts[-1].place if parts else place
+            )
+
+        (alone,) = plans(1, 1, 1)
+        whole, _ = delivered([alone], place, n)
+        first, between = delivered(plans(*before), place, steps)
+        rest, end = delivered(plans(*after), between, n)
+        assert between.consumed == len(first)
+        assert np.concatenate([first, rest]).tolist() == whole.tolist()
+        assert sorted(whole.tolist()) == list(range(n)) and end.consumed == n
+        boxes = alone.boxes(place, whole)
+        later = plans(*after)[-1].boxes(between, rest)
+        assert np.array_equal(later, boxes[len(first) :])
+
+
 def test_a_rank_without_a_group_gets_empty_batches(photos):
     with open_loader(photos, options(group=8), rank=0, world=2) as loader:
         batches = read(loader, Place(0))
@@ -288,15 +368,32 @@ def test_two_ranks_deliver_the_pixels_of_one(photos):
         assert np.array_equal(joined(halves, "boxes"), batch.boxes.numpy())
 
 
-def test_leaving_early_two_hundred_times_leaks_nothing(photos):
-    with open_loader(photos, options(batch=4)) as loader:
-        for _ in loader.batches(Place(0)):
-            break
+def resident_memory() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("kind", ["turbo", "turbo with regions", "resident"])
+def test_leaving_early_a_thousand_times_leaks_nothing(photos, tmp_path, kind):
+    """No thread, no file, no memory: a batch that stayed behind each time would be 49 MB."""
+    changes = {"batch": 4, "size": 64, "prefetch": 1}
+    if kind == "turbo with regions":
+        if not installed():
+            pytest.skip("nvImageCodec is not installed: not tested")
+        photos = write_photos(tmp_path / "checked.beton", N, check="scaled")
+        changes |= {"crop": "random", "decoder": "region"}
+    with open_loader(photos, options(kind.split()[0], **changes)) as loader:
+        for epoch in range(200):  # until threads and their memory are there
+            next(loader.batches(Place(0, epoch)))
+        gc.collect()
         before = threading.active_count(), open_descriptors()
-        for epoch in range(200):
+        memory = resident_memory()
+        for epoch in range(1000):
             for _ in loader.batches(Place(0, epoch)):
                 break
         assert (threading.active_count(), open_descriptors()) == before
+        assert resident_memory() - memory < 25e6
         assert [len(b) for b in read(loader, Place(0))] == [4] * 9 + [1]
 
 
@@ -510,7 +607,16 @@ def test_a_set_without_a_good_image_ends_with_a_message(tmp_path):
         ({"batch": 0}, "--loader.batch must be at least 1"),
         ({"size": 0}, "--loader.size"),
         ({"size": 1_000_000}, "--loader.size must be 1 to 16384 pixels"),
-        ({"loader": "dali"}, "--loader.loader must be auto, resident, turbo, ffcv; not 'dali'"),
+        (
+            {"loader": "tar"},
+            "--loader.loader must be auto, resident, turbo, ffcv, dali, fastest; not 'tar'",
+        ),
+        ({"decoder": "half"}, "--loader.decoder must be auto, full, region; not 'half'"),
+        ({"grow_from": 25, "grow": (0, 1)}, "--loader.grow-from must be 0 to 24 pixels"),
+        ({"grow_from": -1, "grow": (0, 1)}, "--loader.grow-from"),
+        ({"grow_from": 16}, "--loader.grow FIRST LAST"),
+        ({"grow": (1, 2)}, "need --loader.grow-from"),
+        ({"grow_from": 16, "grow": (3, 2)}, "0 <= FIRST <= LAST"),
         ({"crop": "center"}, "--loader.crop must be"),
         ({"order": "none"}, "--loader.order must be"),
         ({"on_bad": "skip"}, "--loader.on-bad must be"),

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backmix.pipeline.batch import Place
+from backmix.pipeline import loader as loader_module
+from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.order import order
 from backmix.train import loop
 from backmix.train import run as run_module
@@ -25,6 +26,7 @@ from backmix.train.loop import steps
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.options import Augment, BackMix, Optim, Run, Softmax, Split
 from backmix.train.run import prepare_run, train
+from backmix.train.state import State
 from tests.runs import tiny_run, tiny_set
 
 METHODS = {
@@ -82,7 +84,12 @@ def test_a_run_writes_its_folder(data: Path, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["classes"] == ["a", "b", "c", "d"]
     assert config["run"]["method"]["type"] == "BackMix"
-    assert config["resolved"] == {"device": "cpu", "precision": "fp32", "threads": 1}
+    assert config["resolved"] == {
+        "device": "cpu",
+        "precision": "fp32",
+        "threads": 1,
+        "loader": "turbo",
+    }
 
 
 def test_the_loss_of_the_log_is_the_mean_over_the_samples(data: Path, tmp_path: Path) -> None:
@@ -115,6 +122,65 @@ def test_a_stopped_run_ends_with_the_same_bits(
             stop_after(patch, count)
             codes.append(start(other))
     assert codes == [75, 75, 75, 0]
+    assert fingerprint(other.out) == fingerprint(run.out)
+
+
+def test_a_stopped_run_with_growing_views_ends_with_the_same_bits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(data, tmp_path / "whole", Softmax())
+    grown = replace(run.loader, loader="turbo", size=32, grow_from=16, grow=(0, 2))
+    run = replace(run, loader=grown)
+    seen = []
+    real = loop.take_step
+
+    def noting(state: State, batch: Batch, *rest: object) -> torch.Tensor:
+        seen.append((state.place.epoch, batch.pool.shape[1]))
+        return real(state, batch, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", noting)
+        assert start(run) == 0
+    assert set(seen) == {(0, 16), (1, 32), (2, 32)}
+    other = replace(run, out=tmp_path / "stopped")
+    codes = []
+    for count in (2, 2, 99):  # inside the small epoch, inside the first large one
+        with monkeypatch.context() as patch:
+            stop_after(patch, count)
+            codes.append(start(other))
+    assert codes == [75, 75, 0]
+    assert fingerprint(other.out) == fingerprint(run.out)
+
+
+def test_backmix_does_not_grow_and_says_why(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", BackMix(patch=8))
+    grown = replace(run.loader, loader="turbo", size=32, grow_from=16, grow=(0, 2))
+    with pytest.raises(ValueError, match=r"--loader.grow-from: BackMix keeps .* let softmax grow"):
+        start(replace(run, loader=grown))
+    assert not run.out.exists()
+    with pytest.raises(ValueError, match=r"--augment.pad must be 0 \.\. 15"):
+        start(replace(run, loader=grown, method=Softmax(), augment=Augment(pad=16)))
+
+
+def test_a_run_remembers_which_loader_was_the_fastest(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timed once, at the first start; what is the fastest later does not matter."""
+    run = tiny_run(data, tmp_path / "turbo", Softmax())
+    crops = replace(run.loader, loader="turbo", crop="random")
+    run = replace(run, loader=crops)
+    assert start(run) == 0
+    other = replace(run, out=tmp_path / "fastest", loader=replace(crops, loader="fastest"))
+    timings: list[str] = ["turbo", "ffcv"]
+    monkeypatch.setattr(loader_module, "fastest", lambda *arguments: timings.pop(0))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert start(other) == 75
+    assert start(other) == 0
+    assert timings == ["ffcv"]
+    config = json.loads((other.out / "config.json").read_text())
+    assert config["resolved"]["loader"] == "turbo"
+    assert config["run"]["loader"]["loader"] == "fastest"
     assert fingerprint(other.out) == fingerprint(run.out)
 
 

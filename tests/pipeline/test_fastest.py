@@ -1,0 +1,159 @@
+"""`fastest`: loaders are timed in processes of their own, and the clearly fastest is taken."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backmix.pipeline import fastest, loader
+from backmix.pipeline.batch import Place
+from backmix.pipeline.beton import open_set
+from backmix.pipeline.loader import choose, open_loader
+from backmix.pipeline.options import LoaderOptions
+from backmix.pipeline.subset import Subset, select
+from tests.pipeline.photos import open_descriptors, write_photos
+
+N = 37
+OPTIONS = LoaderOptions(loader="fastest", batch=8, size=24, crop="random", threads=1)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos") / "photos.beton", N)
+
+
+def chosen(path: Path, options: LoaderOptions = OPTIONS) -> tuple[str, list[str]]:
+    said: list[str] = []
+    with open_set(path) as data:
+        subset = Subset(np.arange(data.n), data.labels)
+        return choose(data, options, subset, say=said.append), said
+
+
+@pytest.fixture
+def rates(monkeypatch) -> dict[str, float | str]:
+    """What the timing of each loader will say; those named here count as installed."""
+    said: dict[str, float | str] = {}
+    monkeypatch.setattr(fastest, "_installed", lambda files: list(said))
+    monkeypatch.setattr(fastest, "_rate", lambda *arguments: said[arguments[2]])
+    return said
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"turbo": 100.0, "ffcv": 80.0, "dali": 300.0}, "dali"),
+        ({"turbo": 100.0, "ffcv": 120.0, "dali": 110.0}, "ffcv"),
+        ({"turbo": 100.0, "ffcv": 104.0}, "turbo"),  # no more than two timings differ by
+        ({"turbo": 100.0, "ffcv": "its process ended with code 1"}, "turbo"),
+        ({"turbo": "it did not answer in 120 s", "ffcv": 10.0}, "ffcv"),
+        ({"turbo": "no", "ffcv": "no"}, "turbo"),
+    ],
+)
+def test_the_clearly_fastest_is_taken_and_every_figure_is_said(photos, rates, found, expected):
+    rates.update(found)
+    taken, said = chosen(photos)
+    assert taken == expected
+    assert len(said) == len(found) + 1 and said[-1] == f"fastest: taking {expected}"
+    for line, (name, rate) in zip(said, found.items(), strict=False):
+        figure = f"{rate:,.0f} images per second" if isinstance(rate, float) else rate
+        assert line.startswith(f"{name}: ") and line.endswith(figure)
+
+
+def test_alone_turbo_is_taken_without_timing(photos, monkeypatch):
+    monkeypatch.setattr(fastest, "_installed", lambda files: ["turbo"])
+    monkeypatch.setattr(fastest, "_rate", lambda *arguments: pytest.fail("it was timed"))
+    assert chosen(photos) == ("turbo", ["fastest: taking turbo, no other is installed"])
+
+
+def test_what_auto_keeps_resident_and_evaluation_are_not_timed(photos, monkeypatch):
+    monkeypatch.setattr(loader, "fastest", lambda *arguments: pytest.fail("it was timed"))
+    assert chosen(photos, dataclasses.replace(OPTIONS, crop="whole")) == ("resident", [])
+    assert chosen(photos, dataclasses.replace(OPTIONS, loader="auto")) == ("turbo", [])
+    with open_loader(photos, OPTIONS, split="eval") as opened:
+        assert sum(len(batch) for batch in opened.batches(Place(0))) == N
+
+
+def test_several_processes_would_choose_differently_and_are_refused(photos):
+    with pytest.raises(ValueError, match=r"--loader.loader fastest is for one process"):
+        open_loader(photos, dataclasses.replace(OPTIONS, group=4), rank=1, world=2)
+
+
+def test_ffcv_is_no_candidate_for_several_files():
+    assert "ffcv" not in fastest._installed(2)
+    assert fastest._installed(1)[0] == "turbo"
+
+
+def test_a_timed_loader_delivers_in_a_process_of_its_own(photos):
+    """With growing views, too, and on a subset; the timing leaves nothing behind here."""
+    with open_set(photos) as data:
+        index = select(data.labels, [0, 2]).index
+    options = dataclasses.replace(OPTIONS, grow_from=16, grow=(0, 1))
+    before = threading.active_count(), open_descriptors(), torch.get_num_threads()
+    request = (options, "turbo", index, torch.device("cpu"))
+    seconds, fastest.SECONDS = fastest.SECONDS, 0.1
+    try:
+        rate = fastest._rate([photos], *request)
+        assert isinstance(rate, float) and rate > 0
+        missing = fastest._rate([photos.with_name("missing.beton")], *request)
+    finally:
+        fastest.SECONDS = seconds
+    assert isinstance(missing, str) and "missing.beton" in missing
+    assert before == (threading.active_count(), open_descriptors(), torch.get_num_threads())
+
+
+def test_a_process_that_dies_or_hangs_is_told(photos, monkeypatch):
+    def killed(*arguments, **options):
+        return subprocess.CompletedProcess([], -11, stdout="")
+
+    def hung(*arguments, **options):
+        raise subprocess.TimeoutExpired("python", 120)
+
+    request = ([photos], OPTIONS, "dali", np.arange(N), torch.device("cpu"))
+    monkeypatch.setattr(subprocess, "run", killed)
+    assert fastest._rate(*request) == "its process ended with code -11"
+    monkeypatch.setattr(subprocess, "run", hung)
+    assert fastest._rate(*request) == "it did not answer in 120 s"
+
+
+def test_a_rate_counts_images_after_the_first_batches(photos, monkeypatch):
+    """By a clock that advances one second a batch: 8 images a second, the short ones fewer."""
+    seconds = iter(range(10_000))
+    monkeypatch.setattr(fastest.time, "perf_counter", lambda: float(next(seconds)))
+    request = {
+        "paths": [str(photos)],
+        "options": dataclasses.asdict(dataclasses.replace(OPTIONS, loader="turbo", prefetch=1)),
+        "index": list(range(32)),
+        "device": "cpu",
+        "seconds": 12,
+    }
+    assert fastest.measure(request) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_every_installed_loader_is_timed_for_real(photos, monkeypatch):
+    monkeypatch.setattr(fastest, "SECONDS", 0.3)
+    taken, said = chosen(photos)
+    timed = [line.partition(":")[0] for line in said[:-1]]
+    assert timed == (fastest._installed(1) if len(fastest._installed(1)) > 1 else [])
+    assert all(line.endswith("images per second") for line in said[:-1]), said
+    assert said[-1].startswith(f"fastest: taking {taken}")
+
+
+def test_the_module_answers_a_foolish_request_with_an_error():
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "backmix.pipeline.fastest"],
+        input="nothing",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root / "src")},
+        timeout=100,
+    )
+    assert done.returncode == 0 and done.stdout.startswith('{"error"')
