@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,19 +30,43 @@ import numpy as np
 from backmix.pipeline import draws, images
 from backmix.pipeline.beton import JPG, RAW, Flag, open_beton, printable
 from backmix.pipeline.options import ConvertOptions, refuse_unknown_choices, usable_cores
-from backmix.pipeline.sources import Item, Source, open_source, read_classes
-from backmix.pipeline.writer import Record, Writer, page_size_for, remove_dead_parts
+from backmix.pipeline.sources.classes import read_classes
+from backmix.pipeline.sources.open import open_source
+from backmix.pipeline.sources.source import Item, Source
+from backmix.pipeline.writer import (
+    Record,
+    Writer,
+    check_page_size,
+    page_size_for,
+    remove_dead_parts,
+)
 
 QUALITY = 90
 """JPEG quality of what is encoded where none is asked for: stock ffcv's."""
 
+# Most pixels of the longer side, and of the shorter.
+_PRESETS = {"none": (None, None), "s500": (500, None), "s384": (384, None), "s256": (None, 256)}
+
 # Results that wait for an earlier one, per worker, and in all [bytes].
-_WINDOW = 4
+_WINDOW = 16
 _HELD_BYTES = 256 * 2**20
+# Requests that are sent to a worker at once, when it has half as many left or fewer: enough to work
+# on while others are served. A socket holds all that a worker can have of so many characters, so
+# that sending never waits for a worker that itself waits until its result is taken. An item with
+# longer names goes to a worker that has nothing to do.
+_QUEUE = 8
+_QUEUE_CHARACTERS = 1 << 11
+_SOCKET_BYTES = 1 << 18
 # A worker's start costs as much as some dozens of images.
 _ITEMS_PER_WORKER = 16
 # Enough for the headers of most images, and of nearly all; one with more is read whole.
 _HEADER_BYTES = (1 << 12, 1 << 16)
+# Headers that are looked at as one task, as handing over a task costs more than one look; and tasks
+# of which the first shows whether threads help.
+_HEADERS = 32
+_HEADER_TASKS = 32
+# Where a header takes less, nobody waited for a disk, and threads would wait for one another [s].
+_QUICK = 2e-4
 _MODE_NAMES = {JPG: "jpg", RAW: "raw"}
 
 
@@ -100,7 +125,7 @@ def convert(
     """Convert a source of images to a .beton file with a manifest beside it.
 
     Args:
-        source: what to convert, see `sources.SCHEMES`.
+        source: what to convert, see `sources.open.SCHEMES`.
         out: the file to write; the manifest is `OUT.jsonl` beside it (for `train.beton`,
             `train.beton.jsonl`).
         progress: called with (images done, images in all), first with 0.
@@ -153,8 +178,22 @@ def _check(options: ConvertOptions) -> None:
         )
     if options.smart_threshold is not None and options.smart_threshold < 0:
         raise ValueError(f"--smart-threshold must not be negative: {options.smart_threshold}")
+    if options.preset != "none":
+        _refuse_beside_preset(options)
+    if options.page_size is not None:
+        check_page_size(options.page_size)
     if options.workers < 0:
         raise ValueError(f"--workers must not be negative: {options.workers}")
+
+
+def _refuse_beside_preset(options: ConvertOptions) -> None:
+    said = f"--preset {options.preset} decides on size, quality and mode: leave out"
+    if options.max_side is not None:
+        raise ValueError(f"{said} --max-side, or the preset")
+    if options.quality is not None:
+        raise ValueError(f"{said} --quality, or the preset")
+    if options.mode != "auto":
+        raise ValueError(f"{said} --mode {options.mode}, or the preset")
 
 
 def _check_names(out: Path, force: bool) -> None:
@@ -189,10 +228,10 @@ def _is_manifest(path: Path) -> bool:
 
 
 def _keep_the_source(listed: Source, out: Path) -> None:
-    """Refuse to replace the tar that is being read."""
-    source = listed.items[0].path
+    """Refuse to replace what is being read."""
+    sources = [path for path in (listed.items[0].path, *listed.files) if os.path.exists(path)]
     for path in (out, _manifest_path(out)):
-        if source and os.path.exists(path) and os.path.samefile(source, path):
+        if os.path.exists(path) and any(os.path.samefile(source, path) for source in sources):
             raise ValueError(f"{path} is the source itself: choose another name")
 
 
@@ -215,6 +254,8 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 def _wants(options: ConvertOptions, count: int) -> Callable[[int], str]:
     """Return how each sample shall be stored: sample number to `auto`, `jpg`, `raw`, `smart`."""
+    if options.preset != "none":
+        return lambda i: "jpg"
     if options.mode != "proportion":
         return lambda i: options.mode
     words = draws.block(options.seed, 0, np.arange(count), "proportion")
@@ -240,13 +281,19 @@ class Stored:
     """What was done to the source's image, for the manifest; the first word tells the way."""
 
 
-def store(item: Item, want: str, options: ConvertOptions) -> Stored:
+def _limits(options: ConvertOptions) -> tuple[int | None, int | None]:
+    """Return the most pixels of the longer and of the shorter side; None = any."""
+    return (options.max_side, None) if options.preset == "none" else _PRESETS[options.preset]
+
+
+def store(item: Item, want: str, options: ConvertOptions, data: bytes | None = None) -> Stored:
     """Read one image and bring it into the form in which it is stored.
 
     Args:
         item: the image.
         want: `auto`, `jpg`, `raw` or `smart`.
-        options: `quality`, `max_side`, `smart_threshold` and `check` count here.
+        options: `quality`, `max_side`, `preset`, `smart_threshold` and `check` count here.
+        data: the encoded image, where it cannot be read through the item.
 
     Raises:
         ValueError: it cannot be decoded, or is larger than the limits of `images`.
@@ -255,7 +302,7 @@ def store(item: Item, want: str, options: ConvertOptions) -> Stored:
     if item.pixels is not None:
         plan = _plan(want, item.pixels.shape[:2], options)
         return _stored_pixels(item.pixels, plan, 0, [], options)
-    data = item.read()
+    data = item.read() if data is None else data
     facts = images.jpeg_facts(data) if images.is_jpeg(data) else None
     refusal = images.copy_refusal(facts) if facts else ""
     if facts and _plan(want, facts.size, options, jpeg=True, fit=not refusal) == "copy":
@@ -283,11 +330,11 @@ def _plan(
     Args:
         want: what was asked for this sample.
         size: height and width of the source's image [pixels].
-        options: `quality`, `max_side` and `smart_threshold` count here.
+        options: `quality`, `max_side`, `preset` and `smart_threshold` count here.
         jpeg: the source is a JPEG.
         fit: the source is a JPEG that may be stored byte for byte.
     """
-    height, width = images.shrunk_size(size[0], size[1], options.max_side)
+    height, width = images.shrunk_size(size[0], size[1], *_limits(options))
     if want == "smart":
         # As stock ffcv: by bytes of pixels, and everything raw where no threshold is given.
         threshold = options.smart_threshold
@@ -320,7 +367,7 @@ def _copy(
 def _stored_pixels(
     pixels: np.ndarray, plan: str, flags: int, notes: list[str], options: ConvertOptions
 ) -> Stored:
-    small = images.shrink(pixels, options.max_side)
+    small = images.shrink(pixels, *_limits(options))
     if small is not pixels:
         notes = [*notes, f"shrunk from {pixels.shape[1]} x {pixels.shape[0]}"]
     height, width, _ = small.shape
@@ -328,7 +375,8 @@ def _stored_pixels(
         quality = options.quality or QUALITY
         data = images.encode_jpeg(small, quality)
         done = [f"encoded at quality {quality}", *notes]
-        flags = flags & ~Flag.WARNED | images.ENCODED_FLAGS  # the new stream is clean
+        # The new stream decodes without a warning, and nobody wrote a profile into it.
+        flags = flags & ~(Flag.WARNED | Flag.ICC) | images.ENCODED_FLAGS
         return Stored(data, JPG, height, width, int(flags), done)
     return Stored(small.reshape(-1).data, RAW, height, width, int(flags), ["pixels", *notes])
 
@@ -350,30 +398,47 @@ def _largest(listed: Source, wants: Callable[[int], str], options: ConvertOption
     if listed.in_memory:
         return max(map(expected, range(count)))
     largest = 0
-    # Threads hide the latency of a disk or network; in parts, since map submits all at once.
+    if listed.stream:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on large images
+            for i, data in enumerate(listed.stream()):
+                largest = max(largest, _expected(listed.items[i], wants(i), options, data or b""))
+        return largest
+
+    def largest_from(start: int) -> int:
+        return max(map(expected, range(start, min(start + _HEADERS, count))))
+
+    tasks = range(0, count, _HEADERS)
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as threads:
         warnings.simplefilter("ignore")  # Pillow's remarks on large images
-        for start in range(0, count, 1024):
-            part = range(start, min(start + 1024, count))
-            largest = max(largest, *threads.map(expected, part))
+        for first in range(0, len(tasks), _HEADER_TASKS):
+            begin = time.monotonic()
+            largest = max(largest, largest_from(tasks[first]))
+            quick = time.monotonic() - begin < _QUICK * _HEADERS
+            rest = tasks[first + 1 : first + _HEADER_TASKS]
+            largest = max(largest, *(map if quick else threads.map)(largest_from, rest), 0)
     return largest
 
 
-def _expected(item: Item, want: str, options: ConvertOptions) -> int:
+def _expected(item: Item, want: str, options: ConvertOptions, data: bytes | None = None) -> int:
     if item.pixels is not None:
         size = item.pixels.shape[:2]
         plan = _plan(want, size, options)
     else:
         try:
-            file_size = os.stat(item.path).st_size if item.size is None else item.size
-            size, jpeg, fit = _header(item)
+            if data is not None:
+                file_size = len(data)
+                size, jpeg, fit = _header_of(data)
+            else:
+                file_size = os.stat(item.path).st_size if item.size is None else item.size
+                size, jpeg, fit = _header(item)
             images.check_size(*size)
         except (OSError, ValueError):  # reported when its turn comes
             return 1
         plan = _plan(want, size, options, jpeg=jpeg, fit=fit)
         if plan == "copy":
             return file_size
-    height, width = images.shrunk_size(size[0], size[1], options.max_side)
+    height, width = images.shrunk_size(size[0], size[1], *_limits(options))
     # An encoded image takes less than a byte a pixel, save noise at the highest qualities; pages
     # have room for four times this figure, more than the pixels themselves take.
     return height * width * (1 if plan == "jpg" else 3) + 4096
@@ -405,11 +470,42 @@ class _WrongPages(Exception):
         self.largest = largest
 
 
+# What stands before a message: bytes of its head (JSON), and of the data behind it.
+_FRAME = struct.Struct("<IQ")
+
+
+def _send(connection: socket.socket, said: bytes, data: Any = b"") -> None:
+    """Send a message: its head, and bytes."""
+    head = _FRAME.pack(len(said), len(data)) + said
+    # By one call, as most fit into the socket's buffer; then what is left of either.
+    sent = connection.sendmsg([head, data])
+    connection.sendall(head[sent:])
+    connection.sendall(memoryview(data)[max(sent - len(head), 0) :])
+
+
+def _recv(connection: socket.socket) -> tuple[bytes, memoryview]:
+    """Receive a message; EOFError if the other side is gone."""
+    said, length = _FRAME.unpack(_exactly(connection, _FRAME.size))
+    both = _exactly(connection, said + length)
+    return bytes(both[:said]), both[said:]
+
+
+def _exactly(connection: socket.socket, length: int) -> memoryview:
+    whole = memoryview(np.empty(length, np.uint8))  # pyright: ignore[reportArgumentType]
+    at = 0
+    while at < length:
+        found = connection.recv_into(whole[at:], length - at, socket.MSG_WAITALL)
+        if not found:
+            raise EOFError
+        at += found
+    return whole
+
+
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
-    connection: Connection
-    tasks: deque[tuple[int, Item]]
+    connection: socket.socket
+    tasks: deque[tuple[int, Item]] = field(default_factory=deque)
     """What it was given, in order; it works on the first."""
 
 
@@ -417,9 +513,13 @@ class _Crew:
     """Worker processes, each started fresh and fed through its own socket.
 
     Not multiprocessing's pools: those import the user's main module again, and tell that a worker
-    died but not over which file. Here each worker has its own queue of two, so a closed socket
+    died but not over which file. Here each worker has a short queue of its own, so a closed socket
     names the file. Messages are JSON and bytes. A worker ends when its socket closes, so none
     survives this process, however that ends.
+
+    Where images come out of a stream, their bytes go to the workers with the requests, and a worker
+    gets one only when it has nothing else to do: two processes that each wait until the other one
+    reads would wait for ever.
     """
 
     def __init__(self, count: int, options: ConvertOptions) -> None:
@@ -445,8 +545,14 @@ class _Crew:
         for worker in self._workers:
             worker.process.wait()
 
-    def run(self, items: Sequence[Item], wants: Callable[[int], str]) -> Iterator[Stored | str]:
+    def run(
+        self,
+        items: Sequence[Item],
+        wants: Callable[[int], str],
+        stream: Iterator[bytes | None] | None = None,
+    ) -> Iterator[Stored | str]:
         """Yield for each item, in order, what is stored or why it cannot be."""
+        most = _QUEUE if stream is None else 1
         window = _WINDOW * len(self._workers)
         ready: dict[int, Stored | str] = {}
         held = given = 0
@@ -456,42 +562,83 @@ class _Crew:
                 # cannot be for ever.
                 while given < min(turn + window, len(items)) and held < _HELD_BYTES:
                     worker = min(self._workers, key=lambda worker: len(worker.tasks))
-                    if len(worker.tasks) >= 2:
+                    long = _characters(items[given]) > _QUEUE_CHARACTERS
+                    if len(worker.tasks) > (0 if long else most // 2):
                         break
-                    self._give(worker, given, items[given], wants(given))
-                    given += 1
+                    if stream is None:
+                        # Many at once while many are left, so that workers end together.
+                        share = (len(items) - given) // (4 * len(self._workers))
+                        until = min(turn + window, given + min(max(1, share), most))
+                        given = _give(worker, items, range(given, until), wants)
+                        continue
+                    data = next(stream)
+                    if data is None or len(data) > images.MAX_BYTES:
+                        ready[given] = _unfit(data)
+                        given += 1
+                    else:
+                        given = _give(worker, items, range(given, given + 1), wants, data)
                 if turn in ready:
                     break
-                for index, result in self._receive():
+                # Where no more can be held, only the worker whose turn it is may hand over.
+                busy = [
+                    worker
+                    for worker in self._workers
+                    if worker.tasks and (held < _HELD_BYTES or worker.tasks[0][0] == turn)
+                ]
+                for index, result in _results_of(busy):
                     ready[index] = result
                     held += _size(result)
             result = ready.pop(turn)
             held -= _size(result)
             yield result
 
-    def _give(self, worker: _Worker, index: int, item: Item, want: str) -> None:
-        worker.tasks.append((index, item))
-        request = [item.name, item.path, item.offset, item.size, want]
-        try:
-            worker.connection.send_bytes(json.dumps(request).encode())
-        except OSError as error:
-            raise _died(worker) from error
 
-    def _receive(self) -> Iterator[tuple[int, Stored | str]]:
-        busy = {worker.connection: worker for worker in self._workers if worker.tasks}
-        for connection in wait(list(busy)):
-            worker = busy[connection]  # pyright: ignore[reportArgumentType]
+def _characters(item: Item) -> int:
+    return len(item.name) + len(item.path)
+
+
+def _give(
+    worker: _Worker,
+    items: Sequence[Item],
+    chosen: range,
+    wants: Callable[[int], str],
+    data: bytes | None = None,
+) -> int:
+    """Send requests to a worker, at least one; return the number of the next item."""
+    requests = []
+    size = 0
+    for index in chosen:
+        item = items[index]
+        size += _characters(item)
+        if requests and size > _QUEUE_CHARACTERS:
+            break
+        requests.append([item.name, item.path, item.offset, item.size, wants(index)])
+        worker.tasks.append((index, item))
+    try:
+        _send(worker.connection, json.dumps([requests, data is not None]).encode(), data or b"")
+    except OSError as error:
+        raise _died(worker) from error
+    return chosen[0] + len(requests)
+
+
+def _results_of(busy: list[_Worker]) -> Iterator[tuple[int, Stored | str]]:
+    """Wait for workers; yield the result of each that has one."""
+    ready = set(wait([worker.connection for worker in busy]))
+    for worker in busy:
+        if worker.connection in ready:
             try:
-                head = json.loads(worker.connection.recv_bytes())
-                result = head if isinstance(head, str) else self._stored(worker, head)
+                said, data = _recv(worker.connection)
             except (EOFError, OSError) as error:
                 raise _died(worker) from error
+            head = json.loads(said)
             index, _ = worker.tasks.popleft()
-            yield index, result
+            yield index, head if isinstance(head, str) else Stored(data, *head)
 
-    @staticmethod
-    def _stored(worker: _Worker, head: list[Any]) -> Stored:
-        return Stored(worker.connection.recv_bytes(), *head)
+
+def _unfit(data: bytes | None) -> str:
+    if data is None:
+        return "there are no bytes of it"
+    return f"{len(data):,} bytes; images may have {images.MAX_BYTES:,} at most"
 
 
 def _size(result: Stored | str) -> int:
@@ -513,9 +660,10 @@ _WORKER = "import sys; from backmix.pipeline.convert import work; work(*sys.argv
 
 def _start_worker(options: ConvertOptions) -> _Worker:
     ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
     package = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-    fields = ("quality", "max_side", "smart_threshold", "check")
+    fields = ("quality", "max_side", "preset", "smart_threshold", "check")
     settings = json.dumps({name: getattr(options, name) for name in fields})
     with theirs:
         process = subprocess.Popen(
@@ -523,10 +671,11 @@ def _start_worker(options: ConvertOptions) -> _Worker:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env=os.environ | {"PYTHONPATH": path},
+            # Nothing here is for numpy's own threads, whose start takes time.
+            env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is for this process, which then ends the workers
         )
-    return _Worker(process, Connection(ours.detach()), deque())
+    return _Worker(process, ours)
 
 
 def work(descriptor: str, settings: str) -> None:
@@ -538,22 +687,29 @@ def work(descriptor: str, settings: str) -> None:
     """
     warnings.simplefilter("ignore")  # Pillow's remarks; what matters is raised or noted
     options = ConvertOptions(**json.loads(settings))
-    with Connection(int(descriptor)) as connection, contextlib.suppress(EOFError, ConnectionError):
+    with (
+        socket.socket(fileno=int(descriptor)) as connection,
+        contextlib.suppress(EOFError, ConnectionError),
+    ):
         while True:
-            name, path, offset, size, want = json.loads(connection.recv_bytes())
-            result = _attempt(Item(name, 0, path, offset, size), want, options)
-            if isinstance(result, str):
-                connection.send_bytes(json.dumps(result).encode())
-            else:
-                head = [result.mode, result.height, result.width, result.flags, result.done]
-                connection.send_bytes(json.dumps(head).encode())
-                connection.send_bytes(result.data)
+            said, data = _recv(connection)
+            requests, follows = json.loads(said)
+            given = bytes(data) if follows else None
+            for name, path, offset, size, want in requests:
+                result = _attempt(Item(name, 0, path, offset, size), want, options, given)
+                if isinstance(result, str):
+                    _send(connection, json.dumps(result).encode())
+                else:
+                    head = [result.mode, result.height, result.width, result.flags, result.done]
+                    _send(connection, json.dumps(head).encode(), result.data)
 
 
-def _attempt(item: Item, want: str, options: ConvertOptions) -> Stored | str:
+def _attempt(
+    item: Item, want: str, options: ConvertOptions, data: bytes | None = None
+) -> Stored | str:
     """Return what is stored of an item, or why it cannot be."""
     try:
-        return store(item, want, options)
+        return store(item, want, options, data)
     except (ValueError, OSError) as error:
         return str(error) or type(error).__name__
 
@@ -561,7 +717,8 @@ def _attempt(item: Item, want: str, options: ConvertOptions) -> Stored | str:
 def _where(item: Item) -> str:
     if not item.path:
         return printable(item.name)
-    return printable(item.path if item.size is None else f"{item.path}: {item.name}")
+    own = item.size is None and item.path.endswith(item.name)
+    return printable(item.path if own else f"{item.path}: {item.name}")
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -577,7 +734,7 @@ def _results(
         return
     workers = options.workers or usable_cores()
     with _Crew(min(workers, 1 + count // _ITEMS_PER_WORKER), options) as crew:
-        yield from crew.run(listed.items, wants)
+        yield from crew.run(listed.items, wants, listed.stream() if listed.stream else None)
 
 
 def _write(
@@ -636,6 +793,7 @@ def _write(
             raise _WrongPages(largest)
         totals = {"written": summary.written, "skipped": len(summary.skipped)}
         totals |= {"page_size": page_size, "modes": dict(sorted(summary.modes.items()))}
+        totals |= {"options": _noted(options)}
     summary.bytes = out.stat().st_size
     return summary
 

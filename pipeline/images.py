@@ -321,7 +321,8 @@ def check_jpeg(data: bytes, *, scaled: bool) -> str:
         ValueError: the stream is damaged.
     """
     try:
-        simplejpeg.decode_jpeg(data, min_factor=8 if scaled else 1)
+        # A smallest side of 1 pixel asks for the smallest scale; 0 for none.
+        simplejpeg.decode_jpeg(data, min_height=int(scaled), min_width=int(scaled))
     except ValueError as error:
         return _warning(error)
     return ""
@@ -528,24 +529,37 @@ def image_size(data: bytes) -> tuple[int, int]:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def shrunk_size(height: int, width: int, max_side: int | None) -> tuple[int, int]:
-    """Return the size after `max_side`: the longer side exactly, the other rounded down.
+def shrunk_size(
+    height: int, width: int, max_side: int | None = None, short_side: int | None = None
+) -> tuple[int, int]:
+    """Return the size after shrinking: never larger, the side that is meant exact.
+
+    Args:
+        height: of the image [pixels].
+        width: of the image [pixels].
+        max_side: most pixels of the longer side; None = any.
+        short_side: most pixels of the shorter side; None = any.
 
     >>> shrunk_size(375, 500, 256)
     (192, 256)
+    >>> shrunk_size(375, 500, short_side=256)
+    (256, 341)
     """
-    longer = max(height, width)
-    if max_side is None or longer <= max_side:
-        return height, width
-    return max(1, height * max_side // longer), max(1, width * max_side // longer)
+    for which, limit in ((max, max_side), (min, short_side)):
+        side = which(height, width)
+        if limit is not None and side > limit:
+            height, width = max(1, height * limit // side), max(1, width * limit // side)
+    return height, width
 
 
-def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
-    """Resize RGB uint8 [h, w, 3] so that the longer side is at most `max_side`.
+def shrink(
+    pixels: np.ndarray, max_side: int | None = None, short_side: int | None = None
+) -> np.ndarray:
+    """Resize RGB uint8 [h, w, 3] to `shrunk_size`.
 
     Pillow's LANCZOS filter, whose support grows with the scale, so nothing aliases.
     """
-    height, width = shrunk_size(pixels.shape[0], pixels.shape[1], max_side)
+    height, width = shrunk_size(pixels.shape[0], pixels.shape[1], max_side, short_side)
     if (height, width) == pixels.shape[:2]:
         return pixels
     image = Image.fromarray(pixels)

@@ -63,6 +63,15 @@ def page_size_for(largest: int) -> int:
     return page_size
 
 
+def check_page_size(page_size: int) -> None:
+    """Raise ValueError for a number of bytes that pages cannot have."""
+    if page_size & (page_size - 1) or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
+        raise ValueError(
+            f"the page size must be a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE} "
+            f"bytes, not {page_size}"
+        )
+
+
 class Writer:
     """Writes one .beton file; a context manager.
 
@@ -104,11 +113,7 @@ class Writer:
         what the file system refuses.
         """
         self.path = Path(path)
-        if page_size & (page_size - 1) or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
-            raise ValueError(
-                f"the page size must be a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE} "
-                f"bytes, not {page_size}"
-            )
+        check_page_size(page_size)
         if samples < 1:
             raise ValueError(f"{self.path}: there are no samples to write")
         if not 0 < len(classes) <= beton.MAX_CLASSES or len(set(classes)) != len(classes):

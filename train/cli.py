@@ -24,13 +24,14 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert a folder, tar or published data set into one .beton file.
+    """Convert folders, archives, lists or a published data set into one .beton file.
 
-    SOURCE is folder:DIR, tar:FILE//PREFIX, cifar:DIR[//test] or tinyimagenet:DIR[//val].
+    SOURCE is folder:DIR, tar:FILE//PREFIX, list:FILE//ROOT, imagenet:DIR[//val], cifar:DIR[//test],
+    svhn:DIR[//test], tinyimagenet:DIR[//val], 'webdataset:SHARDS' or 'parquet:FILES'.
     """
 
     source: tyro.conf.Positional[str]
-    """folder:DIR, tar:FILE//PREFIX, cifar:DIR[//test], tinyimagenet:DIR[//val]."""
+    """Kind and place of the images, see above."""
     out: tyro.conf.Positional[Path]
     """The .beton file to write; a manifest OUT.beton.jsonl is written beside it."""
     storing: tyro.conf.OmitArgPrefixes[ConvertOptions] = field(default_factory=ConvertOptions)

@@ -1,22 +1,32 @@
 """Damaged files: an error or the right data, never anything else.
 
-Files of some kilobytes, so that every byte and every length can be tried, not a sample of them.
+First files of some kilobytes, so that every byte and every length can be tried, not a sample of
+them; then files as they are, mutants of which a child process opens, reads and loads.
 """
 
+import importlib.util
+import json
 import os
 import struct
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backmix.pipeline import writer as writer_module
 from backmix.pipeline.beton import JPG, RAW, Beton, open_beton
+from backmix.pipeline.convert import convert
+from backmix.pipeline.options import ConvertOptions
 from backmix.pipeline.writer import Record, Writer
+from tests.images import jpeg, photograph, png, write_files
+from tests.pipeline import mutants
 
 PAGE = 4096
 SHAPES = ((20, 30), (16, 16), (9, 31), (24, 24), (8, 8))
@@ -269,3 +279,132 @@ def test_any_damage_to_a_stock_file_is_survived(stock, scratch, steps):
             assert 0 < len(data.region(i)) <= PAGE * 1024
             data.where(i)
         data.close()
+
+
+# --- whole files, in a process that may crash -----------------------------------------------------
+
+MUTANTS = max(150, settings.default.max_examples) if settings.default else 150
+"""Of each file; thousands in `make soak`."""
+
+# JPEG and raw, as stock ffcv writes them: one file each, as it has one mode a file.
+WRITE_STOCK = """
+import multiprocessing
+import sys
+from PIL import Image
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
+
+multiprocessing.set_start_method("fork", force=True)
+folder, *files = sys.argv[1:]
+
+
+class Images:
+    def __len__(self):
+        return len(files)
+
+    def __getitem__(self, i):
+        return Image.open(files[i]).convert("RGB"), i % 3
+
+
+for mode in ("jpg", "raw"):
+    fields = {"image": RGBImageField(write_mode=mode), "label": IntField()}
+    writer = DatasetWriter(f"{folder}/stock-{mode}.beton", fields, page_size=1 << 21, num_workers=1)
+    writer.from_indexed_dataset(Images(), chunksize=3)
+"""
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mutants.Child]:
+    with mutants.Child(tmp_path_factory.mktemp("child")) as started:
+        yield started
+
+
+def strip(path: Path, to: Path) -> None:
+    """Make a stock file of ours: without a locator nobody finds the checksums."""
+    content = bytearray(path.read_bytes())
+    content[41:81] = bytes(40)
+    to.write_bytes(content)
+
+
+def try_mutants(child: mutants.Child, name: str) -> None:
+    """Assert of every mutant that it is refused, or right; print how many were what."""
+    outcomes: Counter[str] = Counter()
+    wrong = []
+    for number in range(MUTANTS):
+        found, what = child.attempt(name, number)
+        outcomes[found] += 1
+        if found not in (*mutants.FINE, mutants.OTHER):
+            wrong.append(f"mutant {number} ({what}): {found}")
+    print(f"{name}, {MUTANTS} mutants: {json.dumps(dict(outcomes.most_common()))}")
+    assert not wrong, "\n".join(wrong[:20])
+    # Mutants reach behind the first check. Pixels of a stock file are right whatever they are.
+    assert outcomes["refused"] and outcomes["as undamaged"]
+    assert outcomes["sample refused"] or name == "stock-raw"
+
+
+@pytest.mark.slow  # starts torch and DALI, and opens some hundreds of loaders
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", ["ours", "stripped"])
+def test_a_damaged_file_never_crashes_hangs_or_gives_wrong_data(
+    child: mutants.Child, name: str, tmp_path: Path
+) -> None:
+    if not (child.folder / "ours.beton").exists():
+        files = {
+            "a/420.jpg": jpeg(photograph(0, 60, 80), subsampling="4:2:0"),
+            "a/444.jpg": jpeg(photograph(1, 48, 40), subsampling="4:4:4"),
+            "a/gray.jpg": jpeg(photograph(2, 50, 33), mode="L"),
+            "b/progressive.jpg": jpeg(photograph(3, 64, 64), progressive=True),
+            "b/restarts.jpg": jpeg(photograph(4, 40, 70), restart_marker_blocks=3),
+            "c/pixels.png": png(photograph(5, 40, 44)),
+            "c/more.png": png(photograph(6, 17, 90)),
+        }
+        write_files(tmp_path, files)
+        convert(f"folder:{tmp_path}", child.folder / "ours.beton", ConvertOptions(workers=1))
+        strip(child.folder / "ours.beton", child.folder / "stripped.beton")
+    try_mutants(child, name)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", ["real-ours", "stock-jpg", "stock-raw"])
+def test_a_damaged_file_of_photographs_never_crashes_hangs_or_gives_wrong_data(
+    child: mutants.Child, name: str, tmp_path: Path
+) -> None:
+    if name.startswith("stock") and importlib.util.find_spec("ffcv") is None:
+        pytest.skip("ffcv is not installed: not run")
+    if not (child.folder / f"{name}.beton").exists():
+        sample = Path(os.environ["BACKMIX_DATA"]) / "imagenet-sample"
+        found = sorted(sample.glob("*/*.JPEG"), key=lambda path: path.stat().st_size)[4:64:6]
+        assert len(found) == 10
+        if name == "real-ours":
+            write_files(tmp_path, {f"{k % 3}/{k}.jpg": f.read_bytes() for k, f in enumerate(found)})
+            options = ConvertOptions(workers=1, mode="proportion", seed=1)
+            convert(f"folder:{tmp_path}", child.folder / f"{name}.beton", options)
+            with open_beton(child.folder / f"{name}.beton") as data:
+                assert set(data.modes.tolist()) == {JPG, RAW}
+        else:
+            words = [sys.executable, "-W", "ignore", "-c", WRITE_STOCK, child.folder, *found]
+            subprocess.run(words, check=True, timeout=300, capture_output=True)
+    try_mutants(child, name)
+
+
+def test_a_hang_and_a_crash_are_told_with_their_mutant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child that the tests above trust in: here one that misbehaves."""
+    monkeypatch.setattr(mutants, "SECONDS", 1)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\nprint('1', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    time.sleep(60) if line == 'x 1\\n' else os.abort()\n"
+    )
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        mutants.subprocess, "Popen", lambda words, **more: start([*words[:1], program], **more)
+    )
+    with mutants.Child(tmp_path) as child:
+        assert child.attempt("x", 1)[0] == "hang"
+        monkeypatch.setattr(mutants, "SECONDS", 60)
+        assert child.attempt("x", 2)[0] == "crash, code -6"

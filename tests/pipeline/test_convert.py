@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import warnings
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from backmix.pipeline import convert as module
 from backmix.pipeline import draws, images
 from backmix.pipeline.beton import JPG, RAW, Flag, open_beton
 from backmix.pipeline.convert import Summary, convert
+from backmix.pipeline.inspect import describe
 from backmix.pipeline.options import ConvertOptions
 from tests.images import (
     class_folders,
@@ -135,6 +137,16 @@ def test_the_manifest_says_of_every_image_what_was_done(tmp_path: Path) -> None:
             "skipped": 1,
             "page_size": 1 << 21,
             "modes": {"jpg": 4, "raw": 7},
+            "options": {
+                "mode": "auto",
+                "smart_threshold": None,
+                "compress_probability": 0.5,
+                "quality": None,
+                "max_side": None,
+                "preset": "none",
+                "check": "scaled",
+                "seed": 0,
+            },
             "digest": digest,
         }
     }
@@ -229,6 +241,56 @@ def test_max_side_ends_the_copying_only_where_it_bites(tmp_path: Path) -> None:
         assert data.region(2).tobytes() == files["a/small.jpg"]
         small = images.shrink(images.decode_rgb(files["a/large.jpg"]), 30)
         assert data.region(0).tobytes() == images.encode_jpeg(small, 90)
+
+
+@pytest.mark.parametrize(
+    ("preset", "wide", "tall"),
+    [
+        ("s500", (500, 400), (333, 500)),
+        ("s384", (384, 307), (256, 384)),
+        ("s256", (320, 256), (256, 384)),
+    ],
+)
+def test_a_preset_shrinks_to_baseline_jpegs_and_copies_what_is_small_enough(
+    tmp_path: Path, preset: Any, wide: tuple[int, int], tall: tuple[int, int]
+) -> None:
+    y, x = np.mgrid[:512, :640]
+    pixels = np.stack([x % 256, y % 256, (x + y) % 256], 2).astype(np.uint8)
+    files = {
+        "a/0.jpg": jpeg(pixels, subsampling=0, progressive=True),
+        "a/1.png": png(pixels),
+        "a/2.jpg": jpeg(photograph(1, 600, 400)),
+        "a/3.jpg": jpeg(photograph(2, 100, 250), progressive=True),
+        "a/4.png": png(photograph(3, 100, 250)),
+        "a/5.jpg": turned(6, photograph(4, 100, 250)),
+    }
+    write_files(tmp_path / "set", files)
+    summary = run(tmp_path / "set", preset=preset)
+    assert summary.modes == {"jpg": 6}
+    with open_beton(tmp_path / "out.beton") as data:
+        expected = [wide, wide, tall, (250, 100), (250, 100), (100, 250)]
+        assert [(width, height) for height, width in data.sizes.tolist()] == expected
+        for i in (0, 1, 2, 4, 5):
+            facts = images.jpeg_facts(data.region(i).tobytes())
+            assert (facts.frame, facts.subsampling) == (0xC0, "420")
+            assert (facts.restart_interval, facts.scans) == (0, 1)
+        assert data.region(3).tobytes() == files["a/3.jpg"], "no pixel changes: copied"
+        side = {"s256": {"short_side": 256}}.get(preset, {"max_side": int(preset[1:])})
+        small = images.shrink(pixels, **side)
+        assert data.region(1).tobytes() == images.encode_jpeg(small, 90)
+        assert data.info["options"]["preset"] == preset  # pyright: ignore[reportOptionalSubscript]
+    *rows, total = manifest(tmp_path / "out.beton")
+    assert rows[0]["done"] == ["encoded at quality 90", "shrunk from 640 x 512"]
+    assert rows[3]["done"] == ["copied"]
+    assert total["total"]["options"]["preset"] == preset
+    assert f"preset={preset}" in describe([tmp_path / "out.beton"])
+
+
+def test_shrinking_keeps_what_is_thin_and_never_enlarges() -> None:
+    assert images.shrunk_size(3, 9000, 500) == (1, 500)
+    assert images.shrunk_size(300, 9000, short_side=256) == (256, 7680)
+    assert images.shrunk_size(255, 9000, short_side=256) == (255, 9000)
+    assert images.shrunk_size(500, 500, 500) == (500, 500)
 
 
 def test_pixels_in_memory_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +433,10 @@ def test_a_file_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
         ({"compress_probability": 1.5}, "--compress-probability"),
         ({"mode": "smart", "smart_threshold": -1}, "--smart-threshold"),
         ({"workers": -1}, "--workers"),
+        ({"preset": "s100"}, "--preset must be none, s500, s384, s256; not 's100'"),
+        ({"preset": "s256", "max_side": 9}, "--preset s256 decides .* leave out --max-side"),
+        ({"preset": "s256", "quality": 9}, "--preset s256 decides .* leave out --quality"),
+        ({"preset": "s500", "mode": "raw"}, "--preset s500 decides .* leave out --mode raw"),
         ({"page_size": 3_000_000}, "page size"),
         ({"page_size": 0}, "page size"),
         ({"mode": "raw", "quality": 90}, "--quality has no effect with --mode raw"),
@@ -386,6 +452,47 @@ def test_a_wrong_option_is_named(tmp_path: Path, options: dict[str, Any], messag
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "set", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+
+
+def test_a_wrong_page_size_is_refused_before_anything_is_listed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="page size"):
+        run(tmp_path / "nowhere", page_size=0)
+
+
+def test_what_is_encoded_anew_has_no_flag_of_the_old_stream(tmp_path: Path) -> None:
+    """Profile and warning are in the bytes of the source, not in those made from its pixels."""
+    profile = jpeg(photograph(0, 40, 60), icc_profile=b"p" * 200)
+    write_files(tmp_path / "set", {"a/0.jpg": profile, "a/1.jpg": with_stray_bytes(profile)})
+    found = {}
+    for name, changes in {"copied": {}, "anew": {"quality": 80}, "raw": {"mode": "raw"}}.items():
+        run(tmp_path / "set", tmp_path / f"{name}.beton", **changes)
+        with open_beton(tmp_path / f"{name}.beton") as data:
+            assert data.flags is not None
+            found[name] = [Flag(flag) & (Flag.ICC | Flag.WARNED) for flag in data.flags.tolist()]
+            if name == "anew":
+                assert not any(b"ICC_PROFILE" in data.region(i).tobytes() for i in range(2))
+    both = [Flag.ICC, Flag.ICC | Flag.WARNED]
+    assert found == {"copied": both, "anew": [0, 0], "raw": both}
+
+
+def test_names_of_any_length_reach_the_workers(tmp_path: Path) -> None:
+    """Requests go to busy workers, too, so they must fit a socket that nobody reads just then."""
+    deep = "/".join(["d" * 200] * 12)
+    large = jpeg(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8), quality=95)
+    assert len(large) > 300_000
+    names = [f"{'a' if k % 3 else deep}/{k:03}.jpg" for k in range(90)]
+    files = tar(tmp_path / "a.tar", {f"c/{name}": large for name in names})
+    convert(f"tar:{files}", tmp_path / "o.beton", ConvertOptions(workers=3, check="none"))
+    with open_beton(tmp_path / "o.beton") as data:
+        assert [data.name(i) for i in range(data.n)] == sorted(f"c/{name}" for name in names)
+        assert all(data.region(i).tobytes() == large for i in range(data.n))
+
+
+def test_every_option_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    table = page.split("## All options")[1].split("\n## ")[0]
+    for option in fields(ConvertOptions):
+        assert f"| `--{option.name.replace('_', '-')}" in table, f"--{option.name} is not explained"
 
 
 @pytest.mark.real

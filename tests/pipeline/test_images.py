@@ -5,6 +5,7 @@ import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +162,45 @@ def test_the_check_finds_lost_data_before_the_end_marker(scaled: bool) -> None:
     stream = jpeg(photograph(0, 200, 200))
     with pytest.raises(ValueError, match="damaged"):
         images.check_jpeg(stream[: len(stream) // 2] + b"\xff\xd9", scaled=scaled)
+
+
+def test_the_scaled_check_decodes_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    decode = simplejpeg.decode_jpeg
+
+    def noted(*arguments: Any, **more: Any) -> np.ndarray:
+        sizes.append(decode(*arguments, **more).shape)
+        return decode(*arguments, **more)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", noted)
+    for scaled in (True, False):
+        images.check_jpeg(jpeg(photograph(0, 80, 160)), scaled=scaled)
+    assert sizes == [(10, 20, 3), (80, 160, 3)]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        jpeg(photograph(3, 96, 128), subsampling="4:2:0"),
+        jpeg(photograph(3, 96, 128), progressive=True),
+        jpeg(photograph(3, 96, 128), restart_marker_blocks=4),
+    ],
+)
+def test_the_scaled_check_finds_what_the_full_one_finds(stream: bytes) -> None:
+    def verdict(data: bytes, scaled: bool) -> str:
+        try:
+            return images.check_jpeg(data, scaled=scaled)
+        except ValueError:
+            return "damaged"
+
+    random = np.random.default_rng(0)
+    verdicts = []
+    for place in random.integers(20, len(stream) - 2, 200).tolist():
+        damaged = bytearray(stream)
+        damaged[place] ^= 1 << int(random.integers(8))
+        verdicts.append(verdict(bytes(damaged), True))
+        assert verdicts[-1] == verdict(bytes(damaged), False)
+    assert "" in verdicts and "damaged" in verdicts
 
 
 # --- pixels --------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backmix.pipeline.sources import Source, open_source, read_classes
+from backmix.pipeline.sources import tar as tar_module
+from backmix.pipeline.sources.classes import read_classes
+from backmix.pipeline.sources.open import open_source
+from backmix.pipeline.sources.source import Source
 from tests.images import class_folders, jpeg, tar, write_files
 
 
@@ -144,6 +147,23 @@ def test_folders_without_images_say_what_is_missing(tmp_path: Path) -> None:
         open_source(f"folder:{tmp_path}/1.jpg")
 
 
+def test_a_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_folders(tmp_path, each=1)
+    (tmp_path / "dog" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # the tests may run as root, whom no mode stops
+        if path.endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match=r"the folder .*dog/locked cannot be listed \(Permission"):
+        open_source(f"folder:{tmp_path}")
+
+
 def test_an_unknown_source_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tinyimagenet:DIR"):
         open_source("zip:x.zip")
@@ -266,6 +286,22 @@ def test_every_cut_of_a_tar_is_an_error(tmp_path: Path) -> None:
         path.write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"truncated|not a tar file"):
             open_source(f"tar:{path}")
+
+
+@pytest.mark.parametrize("name", ["/cat/1.jpg", "cat/../../1.jpg", "../cat/1.jpg"])
+def test_names_that_lead_out_of_a_tar_are_refused(tmp_path: Path, name: str) -> None:
+    path = tar(tmp_path / "data.tar", {"cat/0.jpg": b"?", name: b"?"})
+    with pytest.raises(ValueError, match="member at byte 1024 has a name that leads out"):
+        open_source(f"tar:{path}")
+
+
+def test_a_tar_has_a_largest_number_of_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tar(tmp_path / "data.tar", {f"cat/{i}.jpg": b"" for i in range(4)})
+    monkeypatch.setattr(tar_module, "MAX_MEMBERS", 3)
+    with pytest.raises(ValueError, match="more than 3 members"):
+        open_source(f"tar:{path}")
 
 
 def test_what_is_no_plain_tar_says_so(tmp_path: Path) -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from backmix.train.cli import run
-from tests.images import class_folders
+from tests.images import class_folders, write_files
+from tests.pipeline import test_sources_imagenet as imagenet
 from tests.pipeline.test_sources import cifar10, tiny
+from tests.pipeline.test_sources_mat import svhn
+from tests.pipeline.test_sources_parquet import image_parquet
+from tests.pipeline.test_sources_webdataset import shard
 from tests.road.test_tour import SHORT, cifar10_binary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +30,16 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cifar10(folder / "both")
     (folder / "both" / "py").rename(folder / "cifar-10-batches-py")
     tiny(folder / "tiny-imagenet-200")
+    svhn(folder / "svhn", "test")
+    imagenet.lay_out(folder / "imagenet", "tars")
+    pictures = class_folders(folder / "images_classic" / "tin", ["a b"])
+    lines = "".join(f"tin/{name} {k}\n" for k, name in enumerate(pictures))
+    write_files(folder, {"benchmark_imglist/cifar10/test_tin.txt": lines.encode()})
+    for name in ("train-000", "train-001"):
+        write_files(folder / "shards", {"readme": b"?"})
+        shard(folder / "shards" / f"{name}.tar", 0)
+        write_files(folder / "data", {"readme": b"?"})
+        image_parquet(folder / "data" / f"{name}.parquet")
     cifar10_binary(folder / "cifar")
     for out, source in (("train", "cifar:cifar"), ("test", "cifar:cifar//test")):
         path = source.replace("cifar:", f"cifar:{folder}/")
