@@ -126,6 +126,7 @@ def machine(device: torch.device | str) -> Row:
     on_gpu = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
     commit = _said("git", "rev-parse", "HEAD")
+    changes = _said("git", "status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "device": properties.name if properties else f"CPU: {processor()}",
         "sm_count": properties.multi_processor_count if properties else None,
@@ -134,7 +135,7 @@ def machine(device: torch.device | str) -> Row:
         "triton": version("triton"),
         "python": platform.python_version(),
         "commit": commit or os.environ.get("BENCH_COMMIT") or None,
-        "dirty": bool(_said("git", "status", "--porcelain")) if commit else None,
+        "dirty": bool(changes) if commit else None,
     }
 
 

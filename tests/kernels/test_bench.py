@@ -48,7 +48,9 @@ def test_every_stored_row_has_every_key_and_no_other(file: Path) -> None:
     for row in stored:
         assert set(row) == set(rows.KEYS)
         if row["ms_p50"] is not None:
-            assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["n"] >= 20
+            assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+            # Loaders and conversion are timed in turns of whole epochs, kernels call by call.
+            assert row["n"] >= (20 if row["kernel"] else 5)
 
 
 def test_a_row_has_every_key_unknown_ones_null_and_refuses_others(tmp_path: Path) -> None:
