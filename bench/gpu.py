@@ -27,6 +27,7 @@ STAGES = (
     "reconstruction",
     "draws",
     "step_resnet50",
+    "loaders",
 )
 """In the order in which they are worth having."""
 LIMIT_S = 300
@@ -37,6 +38,10 @@ def command(stage: str, options: argparse.Namespace) -> list[str]:
     words = ["bench.stage_kernels", stage]
     if stage == "step_resnet50":
         words = ["bench.bench_step"]
+    if stage == "loaders":
+        words = ["bench.stage_loaders"]
+        words += [word for file in options.data or () for word in ("--data", str(file.resolve()))]
+        words += [word for form in options.form or () for word in ("--form", form)]
     if options.dry_run:
         return [*words, "--dry-run"]
     words += ["--out", str(options.out), "--repeat", str(options.repeat)]
@@ -88,6 +93,12 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=1, help="passes over each stage")
     parser.add_argument("--kernel", help="of the stage tune: only this one")
     parser.add_argument("--seconds", type=float, default=45, help="of the stage tune: each case")
+    parser.add_argument(
+        "--data", type=Path, action="append", help="of the stage loaders: .beton files"
+    )
+    parser.add_argument(
+        "--form", action="append", help="of the stage loaders: only this; may repeat"
+    )
     parser.add_argument("--commit", help="for the rows, where this copy has no git repository")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for each stage")
     parser.add_argument("--dry-run", action="store_true", help="print and compile, on any machine")

@@ -298,7 +298,8 @@ def number_range(row: Row) -> str:
 
 def cpu(rows: Sequence[Row]) -> str:
     """Return the table of the newest CPU rows: a line for each case, a column for each form."""
-    measured = of_one_device([row for row in rows if not on_gpu(row) and row["kernel"] != "step"])
+    of_kernels = [row for row in rows if row["kernel"] not in (None, "step")]
+    measured = of_one_device([row for row in of_kernels if not on_gpu(row)])
     if not measured:
         return f"{NOT_MEASURED}\n"
     parts = []
@@ -531,7 +532,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, some in (
         ("gpu", of_one_device([row for row in rows if on_gpu(row)])),
-        ("cpu", of_one_device([row for row in rows if not on_gpu(row)])),
+        ("cpu", of_one_device([row for row in rows if row["kernel"] and not on_gpu(row)])),
     ):
         if not kernels_of(some):
             said.append(f"there are no {name.upper()} rows: nothing drawn of them")

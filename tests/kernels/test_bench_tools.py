@@ -276,6 +276,13 @@ def test_the_cpu_table_has_a_column_for_each_form(results: Path) -> None:
     assert "CPU: Invented" in table and "2 threads" in table
 
 
+def test_rows_of_loaders_on_a_newer_machine_leave_the_cpu_table_alone(results: Path) -> None:
+    before = plot.cpu(plot.newest(results))
+    other = {"device": "CPU: Newer", "kernel": None, "stage": "loaders", "utc": "2999-01-01"}
+    write(results, "loaders.jsonl", [row("", "224 px", "turbo", 2.0) | other])
+    assert plot.cpu(plot.newest(results)) == before
+
+
 def test_a_page_gets_its_tables_and_keeps_the_rest() -> None:
     page = "before\n<!-- table: step -->\nold\nolder\n<!-- end table -->\nafter\n"
     made = plot.with_tables(page, [])
