@@ -21,6 +21,8 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
+from backmix.pipeline import shards
+
 VERSION = 2
 HEADER = np.dtype(
     [
@@ -213,6 +215,12 @@ class Beton:
                 )
         return stored
 
+    def mapped(self) -> np.ndarray:
+        """Return the whole file, a read-only uint8 view of the map, which it keeps alive."""
+        if self._bytes is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._bytes
+
     def damaged_pages(self) -> Iterator[int]:
         """Yield the numbers of the pages whose bytes do not match their checksum, as `pages`.
 
@@ -346,24 +354,49 @@ def open_beton(path: str | os.PathLike[str]) -> Beton:
     return _read(path, _map(path))
 
 
-def open_set(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> BetonSet:
+def open_set(
+    paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *, partial: bool = False
+) -> BetonSet:
     """Open one or several .beton files as one data set with one numbering.
 
+    A manifest (`.jsonl`) stands for the files that it lists, in its order; each must be the one
+    that it was written with. Shards that are given themselves come in the order given, and must be
+    all of their set, unless `partial` says that some will do.
+
     The class lists must be the same. Stock files name no classes: several of them make one set by
-    their labels, but not together with files that do name them. Raises as `open_beton` does.
+    their labels, but not together with files that do name them. Raises as `open_beton` does, and
+    ValueError for missing, mixed or foreign shards.
     """
     several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not several:
         raise ValueError("no .beton file was given")
-    shards: list[Beton] = []
+    opened: list[Beton] = []
+    given: list[Beton] = []
     try:
         for path in several:
-            shards.append(open_beton(path))
-        return _join(shards)
+            if shards.is_manifest(path):
+                _open_listed(Path(path), opened)
+            else:
+                opened.append(open_beton(path))
+                given.append(opened[-1])
+        if not partial:
+            shards.refuse_parts(given)
+        return _join(opened)
     except BaseException:
-        for shard in shards:
-            shard.close()
+        for file in opened:
+            file.close()
         raise
+
+
+def _open_listed(manifest: Path, opened: list[Beton]) -> None:
+    """Open the files of a manifest, and append each to `opened`, which the caller closes."""
+    listed = shards.read_manifest(manifest)
+    for k, expected in enumerate(listed):
+        try:
+            opened.append(open_beton(expected.path))
+        except FileNotFoundError:
+            raise shards.missing(manifest, expected) from None
+        shards.check_listed(manifest, listed, k, opened[-1])
 
 
 def printable(text: str) -> str:
@@ -748,10 +781,10 @@ def _read_info(source: _Source, tables: dict[str, np.ndarray]) -> dict[str, Any]
 # --- several files --------------------------------------------------------------------------------
 
 
-def _join(shards: list[Beton]) -> BetonSet:
-    classes = max((shard.classes for shard in shards), key=len)
-    stock = [not shard.info for shard in shards]
-    for shard in shards:
+def _join(files: list[Beton]) -> BetonSet:
+    classes = max((file.classes for file in files), key=len)
+    stock = [not file.info for file in files]
+    for shard in files:
         if shard.classes != classes and not all(stock):
             raise ValueError(
                 f"{shard.path} has other classes ({_start(shard.classes)}) than the other files "
@@ -759,19 +792,16 @@ def _join(shards: list[Beton]) -> BetonSet:
             )
 
     def joined(name: str) -> Any:
-        parts = [getattr(shard, name) for shard in shards]
+        parts = [getattr(file, name) for file in files]
         if any(part is None for part in parts):
             return None
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    counts = [int(shard.pages.max()) + 1 for shard in shards]
-    first_pages = np.repeat(np.cumsum([0, *counts[:-1]]), [shard.n for shard in shards])
-    digest = shards[0].digest
-    if len(shards) > 1:
-        digest = xxhash.xxh3_128_hexdigest("".join(shard.digest for shard in shards).encode())
-    starts = np.cumsum([0, *(shard.n for shard in shards[:-1])]).tolist()
+    counts = [int(file.pages.max()) + 1 for file in files]
+    first_pages = np.repeat(np.cumsum([0, *counts[:-1]]), [file.n for file in files])
+    starts = np.cumsum([0, *(file.n for file in files[:-1])]).tolist()
     return BetonSet(
-        shards=shards,
+        shards=files,
         **{
             name: joined(name)
             for name in (
@@ -786,8 +816,8 @@ def _join(shards: list[Beton]) -> BetonSet:
         },
         pages=joined("pages") + first_pages,
         classes=classes,
-        info=shards[0].info,
-        digest=digest,
+        info=files[0].info,
+        digest=shards.joint_digest([file.digest for file in files]),
         _starts=starts,
     )
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from backmix.pipeline import draws, images
+from backmix.pipeline import draws, images, shards
 from backmix.pipeline.beton import JPG, RAW, Flag, open_beton, printable
 from backmix.pipeline.options import ConvertOptions, refuse_unknown_choices, usable_cores
 from backmix.pipeline.sources.classes import read_classes
@@ -76,9 +76,11 @@ class Summary:
 
     out: Path
     classes: list[str]
+    files: list[Path]
+    """The .beton file, `out`, or its shards."""
     written: int = 0
     bytes: int = 0
-    """Size of the .beton file."""
+    """Size of the .beton file, or of all shards."""
     page_size: int = 0
     copied: int = 0
     """JPEGs stored byte for byte."""
@@ -96,8 +98,11 @@ class Summary:
     def __str__(self) -> str:
         rate = self.written / max(self.seconds, 1e-9)
         filled = sum(count > 0 for count in self.class_counts.values())
+        place = str(self.files[0])
+        if len(self.files) > 1:
+            place += f" to {self.files[-1].name}, listed in {_manifest_path(self.out).name}"
         lines = [
-            f"{printable(str(self.out))}: {self.written:,} images of {filled:,} classes, "
+            f"{printable(place)}: {self.written:,} images of {filled:,} classes, "
             f"{self.bytes:,} bytes, {self.seconds:.1f} s ({rate:,.0f} images/s)",
             f"stored as JPEG {self.modes['jpg']:,} (copied byte for byte {self.copied:,}), "
             f"as pixels {self.modes['raw']:,}; page size {self.page_size:,} bytes",
@@ -127,7 +132,8 @@ def convert(
     Args:
         source: what to convert, see `sources.open.SCHEMES`.
         out: the file to write; the manifest is `OUT.jsonl` beside it (for `train.beton`,
-            `train.beton.jsonl`).
+            `train.beton.jsonl`). With `shards` the files are `train-00000-of-00003.beton` and so
+            on, and only the manifest has this name.
         progress: called with (images done, images in all), first with 0.
 
     Raises:
@@ -140,11 +146,15 @@ def convert(
     out = Path(out)
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is not a folder; create it first")
-    _check_names(out, options.force)
+    _check_names(out, options)
     start = time.monotonic()
     with _sigterm_interrupts():
         listed = open_source(source, read_classes(options.classes) if options.classes else None)
-        _keep_the_source(listed, out)
+        if options.shards > len(listed.items):
+            raise ValueError(
+                f"--shards {options.shards} is more than the {len(listed.items)} images of {source}"
+            )
+        _keep_the_source(listed, [*shards.paths(out, options.shards), _manifest_path(out)])
         wants = _wants(options, len(listed.items))
         page_size = options.page_size
         if page_size is None:
@@ -182,6 +192,8 @@ def _check(options: ConvertOptions) -> None:
         _refuse_beside_preset(options)
     if options.page_size is not None:
         check_page_size(options.page_size)
+    if not 1 <= options.shards <= shards.MOST:
+        raise ValueError(f"--shards must be 1 to {shards.MOST}, not {options.shards}")
     if options.workers < 0:
         raise ValueError(f"--workers must not be negative: {options.workers}")
 
@@ -196,23 +208,33 @@ def _refuse_beside_preset(options: ConvertOptions) -> None:
         raise ValueError(f"{said} --mode {options.mode}, or the preset")
 
 
-def _check_names(out: Path, force: bool) -> None:
+def _check_names(out: Path, options: ConvertOptions) -> None:
     """Refuse names that are taken or cannot be written, before the work and not after it."""
     manifest = _manifest_path(out)
-    for path in (out, manifest):
+    files = shards.paths(out, options.shards)
+    for path in (*files, manifest):
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file to write")
-    if not force and os.path.lexists(out):
-        raise ValueError(f"{out} exists already: choose another name, or use --force")
-    # A killed run may leave its manifest without the file; it is in nobody's way.
-    if not force and os.path.lexists(manifest) and not _is_manifest(manifest):
-        raise ValueError(f"{manifest} exists already: choose another name, or use --force")
+        # A killed run may leave its manifest without the file; it is in nobody's way.
+        harmless = path == manifest and _is_manifest(manifest)
+        if not options.force and os.path.lexists(path) and not harmless:
+            raise ValueError(f"{path} exists already: choose another name, or use --force")
+    # Two sets under one name would have one manifest, and a pattern such as train-*.beton would
+    # take both. Not even --force removes files that it does not write anew.
+    for path in [out, *shards.siblings(out)]:
+        if path not in files and os.path.lexists(path):
+            raise ValueError(
+                f"{path} is there, of another conversion to {out.name} with another number of "
+                "shards: remove it first, or choose another name"
+            )
     with _Manifest(manifest):  # a folder that cannot be written to fails here
         pass
+    for path in shards.siblings(out, parts=True):  # of a killed run with another number of them
+        remove_dead_parts(path)
 
 
 def _manifest_path(out: Path) -> Path:
-    return out.with_name(out.name + ".jsonl")
+    return out.with_name(out.name + shards.MANIFEST_SUFFIX)
 
 
 def _is_manifest(path: Path) -> bool:
@@ -227,10 +249,10 @@ def _is_manifest(path: Path) -> bool:
     return isinstance(row, dict) and {"sample", "name", "class"} <= row.keys()
 
 
-def _keep_the_source(listed: Source, out: Path) -> None:
+def _keep_the_source(listed: Source, written: list[Path]) -> None:
     """Refuse to replace what is being read."""
     sources = [path for path in (listed.items[0].path, *listed.files) if os.path.exists(path)]
-    for path in (out, _manifest_path(out)):
+    for path in written:
         if os.path.exists(path) and any(os.path.samefile(source, path) for source in sources):
             raise ValueError(f"{path} is the source itself: choose another name")
 
@@ -745,62 +767,101 @@ def _write(
     page_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> Summary:
-    summary = Summary(out, listed.classes, page_size=page_size, notes=listed.notes)
+    files = shards.paths(out, options.shards)
+    summary = Summary(out, listed.classes, files, page_size=page_size, notes=listed.notes)
     total = len(listed.items)
     largest = 0
     if progress:
         progress(0, total)
-
-    def publish_manifest() -> None:
-        # The file, once it is there under its name, has its manifest; and a run that fails before
-        # leaves the manifest of an earlier one as it was. The digest ties the two together.
-        with open_beton(writer.part) as data:
-            manifest.write({"total": totals | {"digest": data.digest}})
-        manifest.publish()
-
     with (
         contextlib.closing(_results(listed, wants, options)) as results,
         _Manifest(_manifest_path(out)) as manifest,
-        Writer(
-            out,
-            samples=total,
-            page_size=page_size,
-            classes=listed.classes,
-            options=_noted(options),
-            force=options.force,
-            before_publish=publish_manifest,
-        ) as writer,
+        contextlib.ExitStack() as unfinished,
     ):
-        for i, result in enumerate(results):
-            item = listed.items[i]
-            if isinstance(result, str):
-                _skip(item, result, options, summary, manifest)
-            else:
-                largest = max(largest, len(result.data))
-                if largest > page_size and options.page_size is None:
-                    raise _WrongPages(largest)
-                _place(item, result, summary, writer, manifest)
-            if progress:
-                progress(i + 1, total)
-        if not summary.written:
-            name, reason = summary.skipped[0]
-            raise ValueError(
-                f"none of the {total} images of {listed.spec} can be decoded; the first, "
-                f"{printable(name)}: {reason}"
+        writers: list[Writer] = []
+        contents: list[dict[str, Any]] = []
+        for k, chosen in enumerate(shards.ranges(total, len(files))):
+            previous = contents[-1]["digest"] if contents else ""
+            before = summary.written
+            writer = Writer(
+                files[k],
+                samples=len(chosen),
+                page_size=page_size,
+                classes=listed.classes,
+                options=_noted(options),
+                force=options.force,
+                shard=shards.Position(k, len(files), previous) if len(files) > 1 else None,
             )
-        far_too_large = 4 * page_size_for(largest) <= page_size
-        if summary.skipped and far_too_large and options.page_size is None:
-            raise _WrongPages(largest)
-        totals = {"written": summary.written, "skipped": len(summary.skipped)}
+            writers.append(unfinished.enter_context(writer))
+            for i in chosen:
+                item, result = listed.items[i], next(results)
+                if isinstance(result, str):
+                    _skip(item, result, options, summary, manifest)
+                else:
+                    largest = max(largest, len(result.data))
+                    if largest > page_size and options.page_size is None:
+                        raise _WrongPages(largest)
+                    _place(item, result, summary, writer, manifest)
+                if progress:
+                    progress(i + 1, total)
+            last = k + 1 == len(files)
+            if summary.written == before:
+                raise ValueError(_nothing(listed, summary, chosen, files[k]))
+            far_too_large = 4 * page_size_for(largest) <= page_size
+            if last and summary.skipped and far_too_large and options.page_size is None:
+                raise _WrongPages(largest)
+            writer.seal()
+            with open_beton(writer.part) as data:
+                contents.append({"file": files[k].name, "samples": data.n, "digest": data.digest})
+        totals: dict[str, Any] = {"written": summary.written, "skipped": len(summary.skipped)}
         totals |= {"page_size": page_size, "modes": dict(sorted(summary.modes.items()))}
         totals |= {"options": _noted(options)}
-    summary.bytes = out.stat().st_size
+        totals |= {"digest": shards.joint_digest([shard["digest"] for shard in contents])}
+        if len(files) > 1:
+            totals |= {"shards": contents}
+        manifest.write({"total": totals})
+        _publish(writers, manifest)
+    summary.bytes = sum(path.stat().st_size for path in files)
     return summary
+
+
+def _nothing(listed: Source, summary: Summary, chosen: range, path: Path) -> str:
+    """Say that no image of a file could be decoded."""
+    total = len(listed.items)
+    name, reason = summary.skipped[-len(chosen)]
+    if len(chosen) == total:
+        what = f"none of the {total} images of {listed.spec} can be decoded"
+    else:
+        what = (
+            f"none of the {len(chosen)} images of {listed.spec} that belong into {path.name} can "
+            "be decoded, and no shard may be empty: choose fewer --shards"
+        )
+    return f"{what}; the first, {printable(name)}: {reason}"
+
+
+def _publish(writers: list[Writer], manifest: "_Manifest") -> None:
+    """Give complete files their names, a set's all or none."""
+    if len(writers) == 1:
+        # The file, once it is there under its name, has its manifest; and a run that fails before
+        # leaves the manifest of an earlier one as it was. The digest ties the two together.
+        manifest.publish()
+        writers[0].publish()
+        return
+    # A manifest opens a set: it comes last. Where old shards are replaced, a run that is killed
+    # here leaves some of both, which their digests and notes do not let anybody open together.
+    try:
+        for writer in writers:
+            writer.publish()
+        manifest.publish()
+    except BaseException:
+        for writer in writers:
+            writer.withdraw()
+        raise
 
 
 def _noted(options: ConvertOptions) -> dict[str, Any]:
     """Return the options that the file's content depends on: no path, no number of workers."""
-    left_out = ("classes", "on_error", "workers", "page_size", "force")
+    left_out = ("classes", "on_error", "workers", "shards", "page_size", "force")
     return {key: value for key, value in asdict(options).items() if key not in left_out}
 
 

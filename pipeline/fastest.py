@@ -55,7 +55,7 @@ def fastest(
         say: called with a line for each loader's rate, and one for the choice.
     """
     rates = {}
-    installed = _installed(len(data.shards))
+    installed = _installed()
     if len(installed) > 1:
         some = subset.index[np.linspace(0, len(subset) - 1, min(SAMPLES, len(subset))).astype(int)]
         _fetch(data, some)
@@ -78,10 +78,10 @@ def pick(rates: dict[Candidate, float]) -> Candidate:
     return best if rates.get(best, 0) > CLEAR * rates.get("turbo", 0) else "turbo"
 
 
-def _installed(files: int) -> list[Candidate]:
-    """Return the loaders that can be tried; ffcv reads a single file only."""
+def _installed() -> list[Candidate]:
+    """Return the loaders that can be tried."""
     found: list[Candidate] = ["turbo"]
-    if files == 1 and find_spec("ffcv"):
+    if find_spec("ffcv"):
         found.append("ffcv")
     if find_spec("nvidia") and find_spec("nvidia.dali"):
         found.append("dali")

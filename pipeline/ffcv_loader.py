@@ -19,7 +19,7 @@ import simplejpeg
 import torch
 
 from backmix.pipeline.batch import Batch, Place
-from backmix.pipeline.beton import JPG
+from backmix.pipeline.beton import JPG, BetonSet
 from backmix.pipeline.decode import cut, read_image
 from backmix.pipeline.options import usable_cores
 from backmix.pipeline.plan import Plan
@@ -36,21 +36,17 @@ from backmix.pipeline.views import (
 
 
 class FfcvLoader:
-    """Batches from one persistent ffcv Loader; every batch has memory of its own."""
+    """Batches from one persistent ffcv Loader over all files; every batch has its own memory."""
 
     resident = False
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        if len(plan.data.shards) != 1:
-            raise ValueError(
-                f"the ffcv loader reads one file, not {len(plan.data.shards)}: choose "
-                "--loader.loader turbo, or convert into one file"
-            )
         self.plan = plan
         self.device = device
         self._bad: dict[int, str] = {}
         self._running = False
         # Compiled code holds the addresses of these, so they live as long as the loader.
+        self._images, self._maps = _where(plan.data)
         self._boxes = np.zeros((plan.data.n, 4), np.int32)
         self._codes = np.zeros(plan.data.n, np.int32)
         pixels = plan.data.sizes[plan.subset.index].astype(np.int64).prod(axis=1).max()
@@ -60,7 +56,9 @@ class FfcvLoader:
         training_threads = torch.get_num_threads()
         try:
             self._stock: Any
-            self._stock, self._decoder = _open_stock(plan, self._boxes, self._codes, self._scratch)
+            self._stock, self._decoder = _open_stock(
+                plan, self._images, self._boxes, self._codes, self._scratch
+            )
         finally:
             torch.set_num_threads(training_threads)  # ffcv sets its own number, twice
 
@@ -97,6 +95,7 @@ class FfcvLoader:
         self._boxes[index] = self.plan.boxes(place, index)
         self._codes[index] = 0
         self._decoder.side = self.plan.size(place)
+        maps = self._maps  # closing the loader meanwhile must not unmap what ffcv's threads read
         epoch = _start_epoch(self._stock, index.astype(np.uint64))
         self._running = True
         try:
@@ -118,6 +117,7 @@ class FfcvLoader:
                 yield as_batch(self.plan, views, self.device)
         finally:
             _end_epoch(epoch)
+            del maps
             self._running = False
 
     def _judge(self, views: Views) -> None:
@@ -140,6 +140,7 @@ class FfcvLoader:
     def close(self) -> None:
         """Let go of ffcv's loader and close the files; batches already taken stay valid."""
         self._stock = None
+        self._maps = []
         self.plan.data.close()
 
     def __enter__(self) -> Self:
@@ -156,16 +157,35 @@ def _header_fits(stored: np.ndarray, data: Any, index: int) -> bool:
     return simplejpeg.decode_jpeg_header(stored)[:2] == tuple(data.sizes[index].tolist())
 
 
+def _where(data: BetonSet) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return where every image is in memory, and the maps of the files, to be held meanwhile.
+
+    So ffcv reads any number of files as one, through one pipeline that is compiled once; and by
+    the offsets that our reader has checked.
+
+    Returns: int64 [N, 5]: address, length [bytes], height, width, mode; and a map for each file.
+    """
+    maps = [shard.mapped() for shard in data.shards]
+    bases = [array.ctypes.data for array in maps]
+    base = np.repeat(np.array(bases, np.int64), [shard.n for shard in data.shards])
+    address = base + data.pointers.astype(np.int64)
+    columns = (address, data.byte_sizes, data.sizes[:, 0], data.sizes[:, 1], data.modes)
+    return np.stack([column.astype(np.int64) for column in columns], axis=1), maps
+
+
 # --- stock ffcv -----------------------------------------------------------------------------------
 
 
 def _open_stock(
-    plan: Plan, boxes: np.ndarray, codes: np.ndarray, scratch: np.ndarray
+    plan: Plan, images: np.ndarray, boxes: np.ndarray, codes: np.ndarray, scratch: np.ndarray
 ) -> tuple[Any, Any]:
     """Return an ffcv Loader whose only output is the views of our boxes, and its decoder.
 
+    It is opened on the first file, and its decoder reads them all.
+
     Args:
         plan: what is delivered.
+        images: int64 [N, 5] by sample number, as `_where` returns it.
         boxes: int32 [N, 4] by sample number, read by the decoder.
         codes: int32 [N] by sample number, written by the decoder: 0, or -1 on error or warning.
         scratch: uint8 [threads, P], a whole decoded image for each thread.
@@ -192,7 +212,7 @@ def _open_stock(
     path = str(plan.data.paths[0])
     stored = reader.Reader(path).handlers
     image = next(k for k, field in stored.items() if isinstance(field, fields.RGBImageField))
-    decoder = _box_decoder(options.size, boxes, codes, scratch)
+    decoder = _box_decoder(options.size, images, boxes, codes, scratch)
     stock = loader.Loader(
         path,
         batch_size=-(-min(options.batch, len(plan.subset)) // plan.world),
@@ -207,7 +227,9 @@ def _open_stock(
     return stock, decoder
 
 
-def _box_decoder(size: int, boxes: np.ndarray, codes: np.ndarray, scratch: np.ndarray) -> Any:
+def _box_decoder(
+    size: int, images: np.ndarray, boxes: np.ndarray, codes: np.ndarray, scratch: np.ndarray
+) -> Any:
     """Return ffcv's decoder of crops with our boxes and with the return code kept.
 
     numba freezes the value of every array that compiled code closes over, so the arrays are passed
@@ -222,7 +244,7 @@ def _box_decoder(size: int, boxes: np.ndarray, codes: np.ndarray, scratch: np.nd
 
     Args:
         size: the first side.
-        boxes, codes, scratch: as in `_open_stock`.
+        images, boxes, codes, scratch: as in `_open_stock`.
     """
     fields: Any = import_module("ffcv.fields.rgb_image")
     native: Any = import_module("ffcv.libffcv")
@@ -242,8 +264,10 @@ def _box_decoder(size: int, boxes: np.ndarray, codes: np.ndarray, scratch: np.nd
 
         return import_module("numba.extending").intrinsic(at)
 
-    int32_at, uint8_at, thread = pointer(types.int32), pointer(types.uint8), numba.get_thread_id
+    int32_at, uint8_at, int64_at = map(pointer, (types.int32, types.uint8, types.int64))
+    thread = numba.get_thread_id
     n, (threads, length) = len(boxes), scratch.shape
+    images_address = images.ctypes.data
     boxes_address, codes_address = boxes.ctypes.data, codes.ctypes.data
     scratch_address = scratch.ctypes.data
 
@@ -260,23 +284,22 @@ def _box_decoder(size: int, boxes: np.ndarray, codes: np.ndarray, scratch: np.nd
             raise NotImplementedError
 
         def generate_code(self) -> Any:
-            jpg = fields.IMAGE_MODES["jpg"]
-            read = self.memory_read
+            jpg = JPG
             samples = compiler.get_iterator()
             decode_jpeg = compiler.compile(native.imdecode)
             cut_and_resize = compiler.compile(native.resize_crop)
 
             def decode(batch_indices, views, metadata, storage_state):
-                images = carray(uint8_at(scratch_address), (threads, length))
+                image_of = carray(int64_at(images_address), (n, 5))
+                room = carray(uint8_at(scratch_address), (threads, length))
                 box_of = carray(int32_at(boxes_address), (n, 4))
                 code_of = carray(int32_at(codes_address), (n,))
                 for row in samples(len(batch_indices)):
                     sample = batch_indices[row]
-                    field = metadata[sample]
-                    stored = read(field["data_ptr"], storage_state)
-                    height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                    if field["mode"] == jpg:
-                        image = images[thread()]
+                    stored = carray(uint8_at(image_of[sample, 0]), (image_of[sample, 1],))
+                    height, width = np.uint32(image_of[sample, 2]), np.uint32(image_of[sample, 3])
+                    if image_of[sample, 4] == jpg:
+                        image = room[thread()]
                         code_of[sample] = decode_jpeg(
                             stored, image, height, width, height, width, 0, 0, 1, 1, False, False
                         )

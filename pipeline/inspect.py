@@ -22,6 +22,7 @@ from backmix.pipeline.beton import (
     subsampling,
 )
 from backmix.pipeline.options import usable_cores
+from backmix.pipeline.shards import position
 
 _CLASS_ROWS = 20
 """Most classes that are listed one by one."""
@@ -30,11 +31,11 @@ _TASK_SAMPLES = 64
 
 
 def describe(paths: Sequence[str | os.PathLike[str]]) -> str:
-    """Return a page of text about the data set in these .beton files.
+    """Return a page of text about the data set in these .beton files; some shards of one will do.
 
     Raises ValueError or OSError, as `open_set` does, if a file's header or tables are damaged.
     """
-    with open_set(paths) as data:
+    with open_set(paths, partial=True) as data:
         rows = [*_files(data), *_modes(data), *_pixels(data), *_extension(data)]
         width = max(len(key) for key, _ in rows)
         lines = [f"{key:<{width}}  {value}".rstrip() for key, value in rows]
@@ -52,12 +53,12 @@ def verify(
     compared, too; they cover the unused bytes between the samples.
 
     Args:
-        paths: shards of one data set.
+        paths: .beton files of one data set, some or all, or its manifest.
         progress: called with (samples checked, samples in all) now and then.
 
     Raises ValueError or OSError, as `open_set` does, if a file's header or tables are damaged.
     """
-    with open_set(paths) as data, ThreadPoolExecutor(usable_cores()) as threads:
+    with open_set(paths, partial=True) as data, ThreadPoolExecutor(usable_cores()) as threads:
         problems: list[str] = []
         bad: list[int] = []
         tasks = range(0, data.n, _TASK_SAMPLES)
@@ -126,6 +127,8 @@ def _check_pages(data: BetonSet, known: set[int]) -> list[str]:
 def _files(data: BetonSet) -> Iterator[tuple[str, str]]:
     for k, shard in enumerate(data.shards):
         held = f"{_count(shard.n, 'sample')}, {_size(shard.path.stat().st_size)}"
+        if place := position(shard):
+            held += f", shard {place.number:05}-of-{place.count:05}"
         yield ("file" if k == 0 else ""), f"{printable(str(shard.path))}: {held}"
     if len(data.shards) > 1:
         total = sum(shard.path.stat().st_size for shard in data.shards)

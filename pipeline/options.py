@@ -33,6 +33,9 @@ class ConvertOptions:
     """An image that cannot be decoded stops the run, or is listed in the manifest and left out."""
     workers: int = 0
     """Worker processes; 0 = one per core. The file is the same for any number."""
+    shards: int = 1
+    """More than 1: that many files, OUT-00000-of-00003.beton and so on, of neighbouring images, and
+    one manifest, which may be given where a .beton is."""
     page_size: int | None = None
     """Bytes per page, a power of two; default: from the largest sample [bytes]."""
     seed: int = 0

@@ -6,11 +6,12 @@ machine, the time or the number of workers enters the file. It grows beside its 
 decodes images (`images.py`) and knows no sources (`convert.py`).
 """
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ import xxhash
 
 from backmix import __version__
 from backmix.pipeline import beton
+from backmix.pipeline.shards import Position
 
 FIELDS = (("image", beton.IMAGE_FIELD), ("label", beton.INT_FIELD))
 MIN_PAGE_SIZE = 1 << 21
@@ -81,7 +83,8 @@ class Writer:
     ```
     Leaving the block finishes the file and gives it its name; an exception, KeyboardInterrupt
     included, removes what was written. A process that is killed leaves its part file, which the
-    next Writer for the same name removes.
+    next Writer for the same name removes. `seal` and `publish` are the two halves of `close`, for
+    what must happen between them.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Writer:
         classes: list[str],
         options: dict[str, Any],
         force: bool = False,
-        before_publish: Callable[[], None] | None = None,
+        shard: Position | None = None,
     ) -> None:
         """Begin the file.
 
@@ -106,8 +109,7 @@ class Writer:
             options: noted in the file as JSON, `inspect` prints it. No times, no absolute paths:
                 the file shall depend on its samples only.
             force: replace an existing file, at the end and in one step.
-            before_publish: called when the file is complete and checked, just before it gets its
-                name: for what must be there whenever the file is.
+            shard: noted in the file: its place among the shards of a set.
 
         Raises ValueError for wrong arguments and for an existing file without `force`, OSError for
         what the file system refuses.
@@ -118,14 +120,18 @@ class Writer:
             raise ValueError(f"{self.path}: there are no samples to write")
         if not 0 < len(classes) <= beton.MAX_CLASSES or len(set(classes)) != len(classes):
             raise ValueError(f"{self.path}: needs different class names, got {len(classes)}")
-        note = {"classes": classes, "options": options, "writer": f"backmix {__version__}"}
+        note: dict[str, Any] = {"classes": classes, "options": options}
+        note["writer"] = f"backmix {__version__}"
+        if shard is not None:
+            note["shard"] = shard.note()
         # ASCII only: escapes keep even the half characters of undecodable folder names.
         self._note = json.dumps(note, sort_keys=True, separators=(",", ":")).encode("ascii")
         self._samples = samples
         self._classes = len(classes)
         self._page_size = page_size
         self._force = force
-        self._before_publish = before_publish
+        self._sealed: os.stat_result | None = None
+        self._over = False
         self._type_ids = [type_id for _, type_id in FIELDS]
         self._metadata = np.zeros(samples, beton.record_dtype(self._type_ids))
         self._sizes = np.zeros(samples, np.uint64)
@@ -179,23 +185,55 @@ class Writer:
 
     def close(self) -> None:
         """Finish the file and give it its name; everything is on the disk when this returns."""
+        self.seal()
+        self.publish()
+
+    def seal(self) -> None:
+        """Finish the file under the name of its part; everything is on the disk then."""
         if self._file.closed:
             return
-        try:
+        with self._removed_on_errors():
             self._finish()
+            self._sealed = os.fstat(self._file.fileno())
+            self._check_part()
+            self._refuse_existing()
+            self._file.close()
+
+    def publish(self) -> None:
+        """Give the sealed file its name, in one step, and make the name durable."""
+        if self._sealed is None or self._over:
+            return
+        with self._removed_on_errors():
+            self._check_part()
+            self._rename()
+            self._over = True
+            _sync_folder(self.path)
+
+    def withdraw(self) -> None:
+        """Take the name away again, unless with `force`: what it stood for before is lost."""
+        if self._sealed is not None and not self._force:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), self._sealed):
+                    self.path.unlink()
+
+    def abort(self) -> None:
+        """Remove what was written, unless it has its name already."""
+        try:
+            self._file.close()
+        except OSError:  # the last buffer finds no room either
+            pass
+        self._over = True
+        self.part.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _removed_on_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise self._failed(error) from error
         except BaseException:
             self.abort()
             raise
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        try:
-            self._file.close()
-        except OSError:  # the last buffer finds no room either
-            pass
-        self.part.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -286,12 +324,6 @@ class Writer:
         self._file.write(head)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._check_part()
-        self._refuse_existing()
-        if self._before_publish:
-            self._before_publish()
-        self._publish()
-        self._file.close()
 
     def _head(self, n: int, table_start: int) -> bytearray:
         """Return header and field descriptors, without the extension's locator."""
@@ -306,8 +338,9 @@ class Writer:
 
     def _check_part(self) -> None:
         """Refuse to give the name to a file that another writer began under our part's name."""
+        assert self._sealed is not None
         try:
-            ours = os.path.samestat(os.stat(self.part), os.fstat(self._file.fileno()))
+            ours = os.path.samestat(os.stat(self.part), self._sealed)
         except FileNotFoundError:
             ours = False
         if not ours:
@@ -316,8 +349,7 @@ class Writer:
                 f"{self.path.name}, too; let one of them finish"
             )
 
-    def _publish(self) -> None:
-        """Give the finished file its name, in one step, and make the name durable."""
+    def _rename(self) -> None:
         if self._force:
             os.replace(self.part, self.path)
         else:
@@ -331,7 +363,6 @@ class Writer:
                 self._refuse_existing()
                 os.rename(self.part, self.path)
             self.part.unlink(missing_ok=True)
-        _sync_folder(self.path)
 
     def _refuse_existing(self) -> None:
         if self.path.is_dir():

@@ -33,7 +33,8 @@ class Convert:
     source: tyro.conf.Positional[str]
     """Kind and place of the images, see above."""
     out: tyro.conf.Positional[Path]
-    """The .beton file to write; a manifest OUT.beton.jsonl is written beside it."""
+    """The .beton file to write; a manifest OUT.beton.jsonl is written beside it. With --shards the
+    files have numbers in their names."""
     storing: tyro.conf.OmitArgPrefixes[ConvertOptions] = field(default_factory=ConvertOptions)
     """How images are stored."""
     quiet: bool = False
@@ -45,7 +46,7 @@ class Inspect:
     """Print what is in a .beton file."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """.beton files; several are the shards of one set."""
+    """A .beton file, shards of one set, or the manifest of either."""
     verify: bool = False
     """Check every sample's checksum and decode it; exit code 1 where one fails."""
 
@@ -85,7 +86,7 @@ class Preview:
     """Draw target, donor with its mask, and mixed image, side by side."""
 
     data: tyro.conf.Positional[Path]
-    """A .beton file."""
+    """A .beton file, or a manifest."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("preview.png")
     """The picture to write."""
     drawing: tyro.conf.OmitArgPrefixes[PreviewOptions] = field(default_factory=PreviewOptions)

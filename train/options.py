@@ -120,7 +120,7 @@ class Run:
     """One training run."""
 
     data: tuple[Path, ...]
-    """The training set: one .beton file, or the shards of one."""
+    """The training set: one .beton file, all shards of one, or a manifest (.beton.jsonl)."""
     out: Path
     """Run folder; the same command continues an unfinished run."""
     seed: int = 0
@@ -197,8 +197,8 @@ class EvaluateOptions:
     """What a trained run is judged on, and how its images are read."""
 
     test: tuple[Path, ...] = ()
-    """The known test set: one .beton file, or the shards of one, with the class names of the
-    training set. Its other classes are the unknown set `unknown` (but see --unknown-data)."""
+    """The known test set: one .beton file, all shards of one, or a manifest, with the class names
+    of the training set. Its other classes are the unknown set `unknown` (see --unknown-data)."""
     unknown_data: tuple[Path, ...] = ()
     """Protocols cifar+10 and cifar+50: the CIFAR-100 test set, as .beton; its classes that the
     protocol lists are the unknown set `unknown`."""
