@@ -1024,6 +1024,8 @@ def _check_colours(
 
 
 def _is_colour(values: Any) -> bool:
+    if isinstance(values, Tensor):  # the host would have to wait for its values
+        return False
     try:
         return len(values) == 3 and all(math.isfinite(x) for x in values)
     except TypeError:  # a single number, or no numbers

@@ -12,6 +12,7 @@ reads one row of the weight and moves one bank row. Operations: one multiply-add
 Floor: bytes / copy bandwidth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -556,7 +557,8 @@ def _check_options(
     """Refuse options that are unknown, out of range or missing."""
     if size is None and (shift is not None or patch is not None):
         raise ValueError("size must be given as (H, W) in pixels, because shift or patch is given")
-    if size is not None and (len(size) != 2 or min(size) < 1):
+    pair = isinstance(size, Sequence) and len(size) == 2
+    if size is not None and not (pair and min(size) >= 1):
         raise ValueError(f"size must be (H, W) in pixels, at least 1, got {size}")
     if isinstance(rate, Tensor):
         dispatch.expect("rate", rate, (torch.float32,), (), device)

@@ -8,6 +8,7 @@ loader (`docs/loaders.md`): the choice is part of a run, which remembers it (`tr
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,9 @@ def fastest(
         subset: the samples that a run will use.
         device: where the batches go.
         say: called with a line for each loader's rate, and one for the choice.
+
+    Raises KeyboardInterrupt where a loader's process was stopped by SIGINT or SIGTERM: a choice
+    among the others would be none.
     """
     rates = {}
     installed = _installed()
@@ -130,6 +134,8 @@ def _rate(
         )
     except subprocess.TimeoutExpired:
         return f"it did not answer in {PATIENCE:.0f} s"
+    if -done.returncode in (signal.SIGINT, signal.SIGTERM):  # as a terminal sends to all
+        raise KeyboardInterrupt("interrupted while the loaders were timed")
     try:
         answer = json.loads(done.stdout)
         return answer["error"] if "error" in answer else float(answer["rate"])

@@ -29,7 +29,9 @@ def check(run: Run) -> None:
     _within("optim.clip", optim.clip, 0)
     for milestone in optim.milestones:
         _within("optim.milestones", milestone, 0)
-    _within("augment.pad", augment.pad, 0, (run.loader.grow_from or size) - 1)
+    smallest = run.loader.grow_from or size
+    if smallest >= 1:  # else the loader says what is wrong
+        _within("augment.pad", augment.pad, 0, smallest - 1)
     for mean, std in zip(augment.mean, augment.std, strict=True):
         _within("augment.mean", mean, -1e6, 1e6)
         _within("augment.std", std, 1e-6, 1e6)

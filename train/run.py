@@ -202,6 +202,7 @@ def training_subset(run: Run, labels: np.ndarray, known: list[int], classes: lis
             f"no training image is left of {len(absent)} of the {len(known)} known classes: {names}"
             + (" ..." if len(absent) > 10 else "")
             + (f" (--val {run.val})" if run.val else "")
+            + "; --split.known names the classes to train on"
         )
     return rest
 
@@ -216,7 +217,7 @@ def train(run: Run, recipe: str, command: list[str]) -> int:
         try:
             return _train_locked(run, recipe, command, progress, stop)
         except KeyboardInterrupt:
-            write_status(run.out, "stopped", newest_step(run.out), "interrupted twice")
+            write_status(run.out, "stopped", newest_step(run.out), "interrupted")
             return EXIT_STOPPED if newest_step(run.out) else EXIT_INTERRUPTED
         except OtherRunError:
             raise

@@ -47,7 +47,14 @@ def open_list(spec: str, rest: str, classes: list[str] | None) -> Source:
         numbers.append(number)
     if not names:
         raise ValueError(f"{file} names no image; write a path and a label a line")
-    if all(_is_number(word) for word in words):
+    counted = [_is_number(word) for word in words]
+    if 2 * sum(counted) > len(words) and not all(counted):
+        i = counted.index(False)
+        raise ValueError(
+            f"{file}, line {numbers[i]}: the label {words[i]!r} is no class number, but most are; "
+            "as names, all classes would be numbered anew, in the order of their sorted names"
+        )
+    if all(counted):
         stored = np.array([int(word) for word in words], np.int64)
         labels, known, notes = by_number(stored, classes, lambda i: f"{file}, line {numbers[i]}")
     else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -42,6 +43,14 @@ def rates(monkeypatch) -> dict[str, float | str]:
     monkeypatch.setattr(fastest, "_installed", lambda: list(said))
     monkeypatch.setattr(fastest, "_rate", lambda *arguments: said[arguments[2]])
     return said
+
+
+def test_a_signal_to_the_timed_process_ends_the_choice(photos, monkeypatch) -> None:
+    killed = subprocess.CompletedProcess([], -signal.SIGINT, stdout="")
+    monkeypatch.setattr(fastest, "_installed", lambda: ["turbo", "ffcv"])
+    monkeypatch.setattr(fastest.subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(KeyboardInterrupt):
+        chosen(photos)
 
 
 @pytest.mark.parametrize(

@@ -115,3 +115,9 @@ def test_a_list_that_is_none_says_so(tmp_path: Path) -> None:
         open_source(f"list:{tmp_path}/latin")
     with pytest.raises(ValueError, match="is not a folder; list:FILE//ROOT"):
         open_source(f"list:{written(tmp_path, 'a 0')}//nowhere")
+
+
+def test_a_word_among_numbers_is_a_slip_and_named(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.jpg 1\nb.jpg 2\nc.jpg 10\nd.jpg 1O\n")
+    with pytest.raises(ValueError, match=r"line 4: the label '1O' is no class number, but most"):
+        open_source(f"list:{tmp_path}/list.txt")
