@@ -32,6 +32,7 @@ from backmix.pipeline.convert import QUALITY, convert
 from backmix.pipeline.images import SUFFIXES
 from backmix.pipeline.options import ConvertOptions
 from bench import rows
+from bench.turns import take_turns
 
 STAGE = "convert"
 STOCK = "stock_ffcv"
@@ -186,33 +187,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[st
         )
         for form in options.form or FORMS
     }
-    laps: dict[str, list[dict[str, float]]] = {}
-    try:
-        for form, process in serving.items():
-            if _said(process) == "ready":
-                laps[form] = []
-            else:
-                print(f"{form}: cannot be opened here, left out", file=sys.stderr)
-        for turn in range(options.rounds + 1):
-            for form in list(laps)[:: 1 if turn % 2 else -1]:
-                process = serving[form]
-                assert process.stdin is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                lap = json.loads(_said(process))
-                if turn:  # the first only warms up
-                    laps[form].append(lap)
-    finally:
-        for process in serving.values():
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
-    return laps
-
-
-def _said(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+    laps = take_turns(serving, options.rounds + 1, "")
+    return {form: some[1:] for form, some in laps.items()}  # the first only warms up
 
 
 def ratio(

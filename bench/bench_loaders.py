@@ -34,6 +34,7 @@ from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset
 from backmix.pipeline.writer import Record, Writer
 from bench import rows
+from bench.turns import take_turns
 
 STAGE = "loaders"
 OURS = {"turbo": "full", "turbo_region": "region", "ffcv": "full", "dali": "full"}
@@ -287,31 +288,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         )
         for form in options.form or FORMS
     }
-    laps: dict[str, list[dict[str, float]]] = {}
-    try:
-        for form, process in serving.items():
-            if _said(process) == "ready":
-                laps[form] = []
-            else:
-                print(f"{form}: cannot be opened here, left out", file=sys.stderr)
-        for turn in range(options.rounds):
-            for form in list(laps)[:: 1 if turn % 2 else -1]:
-                process = serving[form]
-                assert process.stdin is not None
-                process.stdin.write(f"{options.epochs}\n")
-                process.stdin.flush()
-                laps[form].append(json.loads(_said(process)))
-    finally:
-        for process in serving.values():
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
-    return laps
-
-
-def _said(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+    return take_turns(serving, options.rounds, str(options.epochs))
 
 
 def report(laps: dict[str, list[dict[str, float]]]) -> None:

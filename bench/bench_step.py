@@ -30,10 +30,9 @@ from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.method import Method
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.models.build import Model
-from backmix.train.models.build import build as build_model
-from backmix.train.optim import make_optimizer
 from backmix.train.options import BackMix, Run
 from backmix.train.recipes import imagenet_rn50
+from backmix.train.run import first_state, fresh_network
 from backmix.train.state import State
 from bench import rows
 
@@ -159,30 +158,15 @@ def trainings(
     setting: Setting, device: torch.device, autocast: AbstractContextManager, views: torch.dtype
 ) -> dict[str, Training]:
     """Return the trainings by form. All share one network, whose values cost no time."""
-    torch.manual_seed(0)
     loader = LoaderOptions(batch=setting.images, size=setting.side)
     run = replace(imagenet_rn50(), data=(), out=Path(), loader=loader)
-    model = build_model(run.model, setting.classes, setting.side)
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.train()
-    optimizer = make_optimizer(
-        model.named_parameters(),
-        kind=run.optim.kind,
-        lr=run.optim.lr,
-        momentum=run.optim.momentum,
-        nesterov=run.optim.nesterov,
-        weight_decay=run.optim.weight_decay,
-        decay=run.optim.decay,
-    )
+    model, optimizer = fresh_network(run, setting.classes, device)
     if setting.compile:
         model.compile()  # in place: `model.head` and the rest stay what they are
     batches = synthetic(setting, device)
 
     def training(method: Method) -> Training:
-        state = State(model, optimizer, method, batches[0].place)
-        state.void_steps = state.void_steps.to(device)
-        state.void_samples = state.void_samples.to(device)
-        state.keep_buffers()
+        state = first_state(model, optimizer, method, batches[0].place, device)
         return Training(state, run, batches, autocast)
 
     made = methods(run, setting, model, device, views)

@@ -34,6 +34,8 @@ from backmix.train.checkpoint import (
 from backmix.train.log import Log, Progress, write_status
 from backmix.train.loop import steps
 from backmix.train.methods.build import build as build_method
+from backmix.train.methods.method import Method
+from backmix.train.models.build import Model
 from backmix.train.models.build import build as build_model
 from backmix.train.optim import make_optimizer
 from backmix.train.options import Run
@@ -148,6 +150,15 @@ def fresh_state(
     views: torch.dtype,
 ) -> State:
     """Make model, optimizer and method as the run's seed makes them; `views` as `view_dtype`."""
+    model, optimizer = fresh_network(run, classes, device)
+    method = build_method(run, model, data, subset, device, views)
+    return first_state(model, optimizer, method, Place(run.seed), device)
+
+
+def fresh_network(
+    run: Run, classes: int, device: torch.device
+) -> tuple[Model, torch.optim.Optimizer]:
+    """Make the network as the run's seed makes it, in training mode, and its optimizer."""
     torch.manual_seed(run.seed)
     model = build_model(run.model, classes, run.loader.size)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -161,8 +172,18 @@ def fresh_state(
         weight_decay=run.optim.weight_decay,
         decay=run.optim.decay,
     )
-    method = build_method(run, model, data, subset, device, views)
-    state = State(model, optimizer, method, Place(run.seed))
+    return model, optimizer
+
+
+def first_state(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+    place: Place,
+    device: torch.device,
+) -> State:
+    """Return the state before the first step, all of it on the device."""
+    state = State(model, optimizer, method, place)
     state.void_steps = state.void_steps.to(device)
     state.void_samples = state.void_samples.to(device)
     state.keep_buffers()
