@@ -14,7 +14,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -29,6 +28,7 @@ import numpy as np
 
 from backmix.pipeline import draws, images, shards
 from backmix.pipeline.beton import JPG, RAW, Flag, open_beton, printable
+from backmix.pipeline.interrupt import interrupted_by
 from backmix.pipeline.options import ConvertOptions, refuse_unknown_choices, usable_cores
 from backmix.pipeline.sources.classes import read_classes
 from backmix.pipeline.sources.open import open_source
@@ -53,7 +53,8 @@ _HELD_BYTES = 256 * 2**20
 # Requests that are sent to a worker at once, when it has half as many left or fewer: enough to work
 # on while others are served. A socket holds all that a worker can have of so many characters, so
 # that sending never waits for a worker that itself waits until its result is taken. An item with
-# longer names goes to a worker that has nothing to do.
+# longer names goes to a worker that has nothing to do. Results have as much room on their way back,
+# some photographs': a worker goes on with the next while they wait to be taken.
 _QUEUE = 8
 _QUEUE_CHARACTERS = 1 << 11
 _SOCKET_BYTES = 1 << 18
@@ -83,7 +84,9 @@ class Summary:
     """Size of the .beton file, or of all shards."""
     page_size: int = 0
     copied: int = 0
-    """JPEGs stored byte for byte."""
+    """JPEGs stored byte for byte; the others were encoded."""
+    quality: int = QUALITY
+    """Of what was encoded, 1..100."""
     warned: int = 0
     """Images that were whole but made the decoder complain."""
     modes: Counter[str] = field(default_factory=Counter)
@@ -97,15 +100,18 @@ class Summary:
 
     def __str__(self) -> str:
         rate = self.written / max(self.seconds, 1e-9)
-        filled = sum(count > 0 for count in self.class_counts.values())
+        empty = sum(not self.class_counts[name] for name in self.classes)
+        classes = f"{len(self.classes):,} classes" + (f" ({empty:,} without any)" if empty else "")
+        encoded = self.modes["jpg"] - self.copied
         place = str(self.files[0])
         if len(self.files) > 1:
             place += f" to {self.files[-1].name}, listed in {_manifest_path(self.out).name}"
         lines = [
-            f"{printable(place)}: {self.written:,} images of {filled:,} classes, "
+            f"{printable(place)}: {self.written:,} images of {classes}, "
             f"{self.bytes:,} bytes, {self.seconds:.1f} s ({rate:,.0f} images/s)",
-            f"stored as JPEG {self.modes['jpg']:,} (copied byte for byte {self.copied:,}), "
-            f"as pixels {self.modes['raw']:,}; page size {self.page_size:,} bytes",
+            f"stored as JPEG {self.modes['jpg']:,} (copied byte for byte {self.copied:,}"
+            + (f", encoded {encoded:,} at quality {self.quality}" if encoded else "")
+            + f"), as pixels {self.modes['raw']:,}; page size {self.page_size:,} bytes",
         ]
         if self.warned:
             lines.append(f"decoded with a warning {self.warned:,} (see the manifest)")
@@ -148,7 +154,7 @@ def convert(
         raise ValueError(f"{out.parent} is not a folder; create it first")
     _check_names(out, options)
     start = time.monotonic()
-    with _sigterm_interrupts():
+    with interrupted_by(signal.SIGTERM):  # as by Ctrl-C, so that part files are removed
         listed = open_source(source, read_classes(options.classes) if options.classes else None)
         if options.shards > len(listed.items):
             raise ValueError(
@@ -157,11 +163,12 @@ def convert(
         _keep_the_source(listed, [*shards.paths(out, options.shards), _manifest_path(out)])
         wants = _wants(options, len(listed.items))
         page_size = options.page_size
-        if page_size is None:
-            page_size = page_size_for(_largest(listed, wants, options))
         while True:
             try:
-                summary = _write(listed, wants, out, options, page_size, progress)
+                with _Crew(_workers(listed, options), options) as crew:
+                    if page_size is None:  # the workers start meanwhile
+                        page_size = page_size_for(_largest(listed, wants, options))
+                    summary = _write(listed, wants, crew, out, options, page_size, progress)
                 break
             except _WrongPages as wrong:
                 # A JPEG whose header looked fit to be copied is stored as pixels after all, and
@@ -182,6 +189,12 @@ def _check(options: ConvertOptions) -> None:
         raise ValueError(f"--quality must be 1 to 100, not {options.quality}")
     if options.max_side is not None and options.max_side < 1:
         raise ValueError(f"--max-side must be at least 1 pixel, not {options.max_side}")
+    if options.mode != "proportion":
+        idle = ConvertOptions()
+        for name in ("compress_probability", "seed"):
+            if getattr(options, name) != getattr(idle, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} needs --mode proportion, not {options.mode}")
     if not 0 <= options.compress_probability <= 1:
         raise ValueError(
             f"--compress-probability must be 0 to 1, not {options.compress_probability}"
@@ -257,23 +270,6 @@ def _keep_the_source(listed: Source, written: list[Path]) -> None:
             raise ValueError(f"{path} is the source itself: choose another name")
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that part files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt("terminated by SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-
-
 def _wants(options: ConvertOptions, count: int) -> Callable[[int], str]:
     """Return how each sample shall be stored: sample number to `auto`, `jpg`, `raw`, `smart`."""
     if options.preset != "none":
@@ -331,7 +327,7 @@ def store(item: Item, want: str, options: ConvertOptions, data: bytes | None = N
         copied = _copy(item, data, facts, options)
         if copied is not None:
             return copied
-    decoded = images.decode(data)
+    decoded = images.decode(data, facts)
     flags, notes = _misnamed(item.name, decoded.format)
     plan = _plan(want, decoded.pixels.shape[:2], options, jpeg=facts is not None)
     notes += [f"not copied: {refusal}"] if refusal else []
@@ -682,7 +678,8 @@ _WORKER = "import sys; from backmix.pipeline.convert import work; work(*sys.argv
 
 def _start_worker(options: ConvertOptions) -> _Worker:
     ours, theirs = socket.socketpair()
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
     package = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
     fields = ("quality", "max_side", "preset", "smart_threshold", "check")
@@ -733,35 +730,41 @@ def _attempt(
     try:
         return store(item, want, options, data)
     except (ValueError, OSError) as error:
-        return str(error) or type(error).__name__
+        said = error.strerror if isinstance(error, OSError) else None
+        return said or str(error) or type(error).__name__
 
 
 def _where(item: Item) -> str:
     if not item.path:
         return printable(item.name)
     own = item.size is None and item.path.endswith(item.name)
-    return printable(item.path if own else f"{item.path}: {item.name}")
+    place = item.path if own else f"{item.path}: {item.name}"
+    return printable(f"{item.listed}: {place}" if item.listed else place)
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _results(
-    listed: Source, wants: Callable[[int], str], options: ConvertOptions
-) -> Generator[Stored | str, None, None]:
-    count = len(listed.items)
+def _workers(listed: Source, options: ConvertOptions) -> int:
     if listed.in_memory:  # nothing to decode: a process costs more than it saves
-        for i in range(count):
+        return 0
+    return min(options.workers or usable_cores(), 1 + len(listed.items) // _ITEMS_PER_WORKER)
+
+
+def _results(
+    listed: Source, wants: Callable[[int], str], crew: _Crew, options: ConvertOptions
+) -> Generator[Stored | str, None, None]:
+    if listed.in_memory:
+        for i in range(len(listed.items)):
             yield _attempt(listed.items[i], wants(i), options)
-        return
-    workers = options.workers or usable_cores()
-    with _Crew(min(workers, 1 + count // _ITEMS_PER_WORKER), options) as crew:
+    else:
         yield from crew.run(listed.items, wants, listed.stream() if listed.stream else None)
 
 
 def _write(
     listed: Source,
     wants: Callable[[int], str],
+    crew: _Crew,
     out: Path,
     options: ConvertOptions,
     page_size: int,
@@ -769,12 +772,13 @@ def _write(
 ) -> Summary:
     files = shards.paths(out, options.shards)
     summary = Summary(out, listed.classes, files, page_size=page_size, notes=listed.notes)
+    summary.quality = options.quality or QUALITY
     total = len(listed.items)
     largest = 0
     if progress:
         progress(0, total)
     with (
-        contextlib.closing(_results(listed, wants, options)) as results,
+        contextlib.closing(_results(listed, wants, crew, options)) as results,
         _Manifest(_manifest_path(out)) as manifest,
         contextlib.ExitStack() as unfinished,
     ):
@@ -871,6 +875,7 @@ def _skip(
     if options.on_error == "stop":
         raise ValueError(f"{_where(item)}: {reason}; --on-error skip leaves such images out")
     name = _printable(item.name)
+    reason += f" ({item.listed})" if item.listed else ""
     summary.skipped.append((name, reason))
     class_name = summary.classes[item.label]
     manifest.write({"sample": None, "name": name, "class": class_name, "skipped": reason})

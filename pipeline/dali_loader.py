@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -28,7 +28,6 @@ from backmix.pipeline.beton import JPG, RAW, Flag
 from backmix.pipeline.decode import checked_at_conversion, decoding_threads
 from backmix.pipeline.options import usable_cores
 from backmix.pipeline.plan import Part, Plan
-from backmix.pipeline.subset import Subset
 from backmix.pipeline.views import Views, as_batch, empty_views, fill_rows, register, to_device
 
 CHUNK = 32
@@ -50,19 +49,17 @@ class _Step:
     """Where DALI works on the step, and on which of its rows (int64 [k])."""
 
 
-class DaliLoader:
+class Dali:
     """Batches from one persistent DALI pipeline, or two where JPEGs and pixels are stored.
 
     A batch's pool is DALI's own output, not a copy, and DALI writes other memory the next time. On
     a GPU it belongs to the stream that is current when the batch is taken.
     """
 
-    resident = False
-
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self._bad: dict[int, str] = {}
+        self.bad: dict[int, str] = {}
         self._good = checked_at_conversion(plan.data, plan.options.verify)
         self._graphs = {
             mode: _Graph(plan, device, mode)
@@ -72,21 +69,6 @@ class DaliLoader:
         self._threads = decoding_threads(plan.options.threads)
         self._running = False
         self._closed = False
-
-    @property
-    def subset(self) -> Subset:
-        """The samples that this loader delivers."""
-        return self.plan.subset
-
-    @property
-    def samples(self) -> int:
-        """Samples of an epoch, all ranks together."""
-        return len(self.plan.subset)
-
-    @property
-    def bad(self) -> list[str]:
-        """Names of the samples found bad so far, each once."""
-        return list(self._bad.values())
 
     def batches(self, place: Place) -> Iterator[Batch]:
         """Yield this rank's batches from `place` to the end of the epoch, one epoch at a time.
@@ -110,7 +92,7 @@ class DaliLoader:
             nonlocal replaced
             views = self._finish(running[0])
             running.popleft()
-            replaced = register(self.plan, views, self._bad, replaced)
+            replaced = register(self.plan, views, self.bad, replaced)
             return as_batch(self.plan, views, self.device)
 
         self._running = True
@@ -255,17 +237,10 @@ class DaliLoader:
         return joined
 
     def close(self) -> None:
-        """End the threads and DALI, and close the files; batches already taken stay valid."""
+        """End the threads and DALI; batches already taken stay valid."""
         self._closed = True
         self._threads.shutdown(cancel_futures=True)
         self._graphs.clear()
-        self.plan.data.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _ended_well(task: Future[None]) -> bool:
@@ -407,7 +382,7 @@ def _pipeline(plan: Plan, device: torch.device, mode: int, batch: int, depth: in
     """Return the built DALI pipeline for JPEGs or for pixels.
 
     Args:
-        plan: threads and hardware share count.
+        plan: threads, hardware share and memory hints count.
         device: a CUDA device: it decodes and resizes there; else on the CPU.
         mode: JPG or RAW.
         batch: most images of one run.
@@ -451,6 +426,10 @@ def _pipeline(plan: Plan, device: torch.device, mode: int, batch: int, depth: in
                 jpeg_fancy_upsampling=True,  # on the CPU it always is
                 affine=False,  # decoding threads bound to cores fight with others there
                 hw_decoder_load=plan.options.hw_share,
+                device_memory_padding=plan.options.device_memory_padding,
+                host_memory_padding=plan.options.host_memory_padding,
+                preallocate_width_hint=plan.options.preallocate_hint[0],
+                preallocate_height_hint=plan.options.preallocate_hint[1],
             )
         else:
             pixels = given("stored", types.UINT8, 3, "HWC")

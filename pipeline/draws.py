@@ -26,8 +26,12 @@ STREAMS = {
     "replacement": 8,
     "holdout": 9,
     "proportion": 10,
+    "strong": 11,
 }
-"""Stream numbers: part of every result ever computed, so they are never renumbered."""
+"""Stream numbers: part of every result ever computed, so they are never renumbered.
+
+255 is taken, too: the generated images of ARPL+CS (`train/methods/confusing.py`).
+"""
 
 LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)

@@ -23,6 +23,7 @@ import torch
 import backmix
 from backmix.pipeline.batch import Place
 from backmix.pipeline.beton import BetonSet
+from backmix.pipeline.interrupt import interrupted_by
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset
 
@@ -34,6 +35,15 @@ SECONDS = 3.0
 """How long each loader is timed, once it runs."""
 PATIENCE = 120.0
 """Seconds after which a loader is given up: ffcv compiles, DALI starts a GPU."""
+PROGRAM = f"""\
+import ctypes, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)})  # PR_SET_PDEATHSIG
+from backmix.pipeline.fastest import main
+main()
+"""
+"""Of a loader's process, which ends when this one does, even if it is killed. It asks for that
+itself: between fork and exec, in a process with threads, Python code is not safe."""
 CLEAR = 1.05
 """How many times the rate of `turbo`, whose pixels are the stated ones, another must have: less is
 what two timings of the same loader differ by."""
@@ -55,21 +65,23 @@ def fastest(
         device: where the batches go.
         say: called with a line for each loader's rate, and one for the choice.
 
-    Raises KeyboardInterrupt where a loader's process was stopped by SIGINT or SIGTERM: a choice
-    among the others would be none.
+    Raises KeyboardInterrupt at SIGINT or SIGTERM, to this process, whatever it does with them
+    otherwise, or to a loader's: a choice among the others would be none.
     """
     rates = {}
     installed = _installed()
     if len(installed) > 1:
         some = subset.index[np.linspace(0, len(subset) - 1, min(SAMPLES, len(subset))).astype(int)]
-        _fetch(data, some)
-        for candidate in installed:
-            rate = _rate(data.paths, options, candidate, some, device)
-            if isinstance(rate, str):
-                say(f"{candidate}: not timed: {rate}")
-            else:
-                say(f"{candidate}: {rate:,.0f} images per second")
-                rates[candidate] = rate
+        # Nothing of a run is there yet that would have to be saved first.
+        with interrupted_by(signal.SIGINT, signal.SIGTERM):
+            _fetch(data, some)
+            for candidate in installed:
+                rate = _rate(data.paths, options, candidate, some, device)
+                if isinstance(rate, str):
+                    say(f"{candidate}: not timed: {rate}")
+                else:
+                    say(f"{candidate}: {rate:,.0f} images per second")
+                    rates[candidate] = rate
     chosen = pick(rates)
     say(f"fastest: taking {chosen}" + ("" if len(installed) > 1 else ", no other is installed"))
     return chosen
@@ -123,8 +135,8 @@ def _rate(
     home = str(Path(backmix.__file__).parents[1])
     search = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "backmix.pipeline.fastest"],
+        done = subprocess.run(  # an interruption kills it
+            [sys.executable, "-P", "-c", PROGRAM],
             input=json.dumps(request),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -186,7 +198,3 @@ def main() -> None:
     except (ValueError, OSError) as error:
         answer = {"error": str(error)}
     print(json.dumps(answer), file=out, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,19 +11,29 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from queue import Empty
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
 
 from backmix.pipeline.batch import Batch, Place
-from backmix.pipeline.beton import JPG, BetonSet
+from backmix.pipeline.beton import (
+    DESCRIPTOR,
+    HEADER,
+    IMAGE,
+    IMAGE_FIELD,
+    JPG,
+    REGION,
+    VERSION,
+    BetonSet,
+)
 from backmix.pipeline.decode import cut, read_image
 from backmix.pipeline.options import usable_cores
 from backmix.pipeline.plan import Plan
-from backmix.pipeline.subset import Subset
 from backmix.pipeline.views import (
     GOOD,
     WARNED,
@@ -35,15 +45,13 @@ from backmix.pipeline.views import (
 )
 
 
-class FfcvLoader:
+class Ffcv:
     """Batches from one persistent ffcv Loader over all files; every batch has its own memory."""
-
-    resident = False
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self._bad: dict[int, str] = {}
+        self.bad: dict[int, str] = {}
         self._running = False
         # Compiled code holds the addresses of these, so they live as long as the loader.
         self._images, self._maps = _where(plan.data)
@@ -61,21 +69,6 @@ class FfcvLoader:
             )
         finally:
             torch.set_num_threads(training_threads)  # ffcv sets its own number, twice
-
-    @property
-    def subset(self) -> Subset:
-        """The samples that this loader delivers."""
-        return self.plan.subset
-
-    @property
-    def samples(self) -> int:
-        """Samples of an epoch, all ranks together."""
-        return len(self.plan.subset)
-
-    @property
-    def bad(self) -> list[str]:
-        """Names of the samples found bad so far, each once."""
-        return list(self._bad.values())
 
     def batches(self, place: Place) -> Iterator[Batch]:
         """Yield this rank's batches from `place` to the end of the epoch, one epoch at a time.
@@ -113,7 +106,7 @@ class FfcvLoader:
                     pixels[row : row + taken] = rest[:taken]
                     row, rest = row + taken, rest[taken:]
                 self._judge(views)
-                replaced = register(self.plan, views, self._bad, replaced)
+                replaced = register(self.plan, views, self.bad, replaced)
                 yield as_batch(self.plan, views, self.device)
         finally:
             _end_epoch(epoch)
@@ -138,16 +131,9 @@ class FfcvLoader:
                 replace_row(self.plan, views, row, error)
 
     def close(self) -> None:
-        """Let go of ffcv's loader and close the files; batches already taken stay valid."""
+        """Let go of ffcv's loader and its maps; batches already taken stay valid."""
         self._stock = None
         self._maps = []
-        self.plan.data.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _header_fits(stored: np.ndarray, data: Any, index: int) -> bool:
@@ -181,7 +167,8 @@ def _open_stock(
 ) -> tuple[Any, Any]:
     """Return an ffcv Loader whose only output is the views of our boxes, and its decoder.
 
-    It is opened on the first file, and its decoder reads them all.
+    It is opened on a stand-in of one sample, and its decoder reads the files: of a file ffcv would
+    take the tables unchecked, and make Python objects of every row.
 
     Args:
         plan: what is delivered.
@@ -195,9 +182,7 @@ def _open_stock(
             warnings.simplefilter("ignore")  # of distutils and of numba, nothing of ours
             # By name, so that this file can be checked where ffcv is not installed.
             numba: Any = import_module("numba")
-            fields: Any = import_module("ffcv.fields")
             loader: Any = import_module("ffcv.loader")
-            reader: Any = import_module("ffcv.reader")
     except ImportError as error:
         raise ValueError(
             f"the ffcv loader needs the package ffcv ({error}): pip install 'backmix[ffcv]', which "
@@ -209,22 +194,37 @@ def _open_stock(
         numba.config.THREADING_LAYER = "omp"
 
     options = plan.options
-    path = str(plan.data.paths[0])
-    stored = reader.Reader(path).handlers
-    image = next(k for k, field in stored.items() if isinstance(field, fields.RGBImageField))
     decoder = _box_decoder(options.size, images, boxes, codes, scratch)
-    stock = loader.Loader(
-        path,
-        batch_size=-(-min(options.batch, len(plan.subset)) // plan.world),
-        num_workers=min(len(scratch), numba.config.NUMBA_NUM_THREADS),
-        os_cache=True,
-        order=loader.OrderOption.SEQUENTIAL,  # never used: every epoch brings its own
-        seed=0,  # else it takes one from numpy's global generator
-        pipelines={name: None for name in stored} | {image: [decoder]},
-        drop_last=False,
-        batches_ahead=max(1, options.prefetch),
-    )
+    with TemporaryDirectory(prefix="backmix-") as folder:
+        path = Path(folder) / "one.beton"
+        path.write_bytes(_stand_in())
+        stock = loader.Loader(
+            str(path),
+            batch_size=-(-min(options.batch, len(plan.subset)) // plan.world),
+            num_workers=min(len(scratch), numba.config.NUMBA_NUM_THREADS),
+            os_cache=True,
+            order=loader.OrderOption.SEQUENTIAL,  # never used: every epoch brings its own
+            seed=0,  # else it takes one from numpy's global generator
+            pipelines={"image": [decoder]},
+            drop_last=False,
+            batches_ahead=max(1, options.prefetch),
+        )
+    # Else it would map the stand-in. Read-only, as a map is: every later Loader changes the type of
+    # writable arrays for the whole process, and code compiled for that would not be found again.
+    nothing = np.zeros(1, np.uint8)
+    nothing.setflags(write=False)
+    stock.memory_manager.context.mmap = nothing
     return stock, decoder
+
+
+def _stand_in() -> bytes:
+    """Return a .beton file of one image, of which ffcv sees the tables only."""
+    field = np.zeros(1, DESCRIPTOR)
+    field["type_id"], field["name"] = IMAGE_FIELD, b"image"
+    table = HEADER.itemsize + DESCRIPTOR.itemsize + IMAGE.itemsize
+    header = np.array([(VERSION, 1, 1 << 21, 1, table)], HEADER)
+    parts = (header, field, np.zeros(1, IMAGE), np.zeros(1, REGION))
+    return b"".join(part.tobytes() for part in parts)
 
 
 def _box_decoder(

@@ -348,12 +348,16 @@ def decode_rgb(data: bytes) -> np.ndarray:
     return decode(data).pixels
 
 
-def decode(data: bytes) -> Decoded:
+def decode(data: bytes, facts: JpegFacts | None = None) -> Decoded:
     """Decode any image to RGB by its content.
 
     EXIF orientation is applied. CMYK and YCCK become RGB by Pillow's plain formula, 16 bits per
     value lose the lower 8, palettes and 1-bit images are expanded, an alpha channel is dropped
     (not composed on a background), of an animation the first frame counts.
+
+    Args:
+        data: the encoded image.
+        facts: of a JPEG, where somebody has looked at them already.
 
     Raises:
         ValueError: no image, damaged or truncated, floating-point pixels, or beyond `MAX_PIXELS`,
@@ -363,11 +367,10 @@ def decode(data: bytes) -> Decoded:
         raise ValueError("the file is empty")
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data):,} bytes; images may have {MAX_BYTES:,} at most")
-    return _decode_jpeg(data) if is_jpeg(data) else _by_pillow(data)
+    return _decode_jpeg(data, facts or jpeg_facts(data)) if is_jpeg(data) else _by_pillow(data)
 
 
-def _decode_jpeg(data: bytes) -> Decoded:
-    facts = jpeg_facts(data)
+def _decode_jpeg(data: bytes, facts: JpegFacts) -> Decoded:
     check_size(facts.height, facts.width)
     if facts.end < 0:
         raise ValueError("truncated JPEG: the end marker is missing")

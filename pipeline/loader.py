@@ -8,6 +8,7 @@ speed, in memory, in where donors come from (`Batch.group`), and a little in pix
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
 import numpy as np
@@ -15,47 +16,69 @@ import torch
 
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import BetonSet, open_set
-from backmix.pipeline.dali_loader import DaliLoader
+from backmix.pipeline.dali_loader import Dali
 from backmix.pipeline.fastest import fastest
-from backmix.pipeline.ffcv_loader import FfcvLoader
+from backmix.pipeline.ffcv_loader import Ffcv
 from backmix.pipeline.options import LoaderOptions, refuse_unknown_choices
 from backmix.pipeline.plan import Plan
-from backmix.pipeline.resident import ResidentLoader
+from backmix.pipeline.resident import Resident
 from backmix.pipeline.subset import Subset
-from backmix.pipeline.turbo import TurboLoader
+from backmix.pipeline.turbo import Turbo
 
 LARGEST_AUTOMATIC_POOL = 2 << 30
 """Bytes of the largest pool that `auto` keeps resident."""
 MOST_THREADS = 1024
 LARGEST_VIEW = 16_384
 """Longest side of a view [pixels]: 805 MB."""
-
+LARGEST_PADDING = 8 << 30
+"""Bytes that a decoding thread of DALI may have from the start."""
+LONGEST_SIDE = 65_535
+"""Of a JPEG [pixels]."""
 
 Kind = Literal["resident", "turbo", "ffcv", "dali"]
 
 
-class Loader(Protocol):
-    """What every loader offers."""
+class Engine(Protocol):
+    """What reads and decodes the samples of a plan: all in which the loaders differ."""
+
+    bad: dict[int, str]
+    """Sample number and name of what was found bad so far, each once."""
+
+    def batches(self, place: Place) -> Iterator[Batch]:
+        """As `Loader.batches`."""
+        ...
+
+    def close(self) -> None:
+        """Release threads and memory; the files are closed afterwards."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Loader:
+    """An open data set and what reads it; `with` closes it."""
+
+    plan: Plan
+    engine: Engine
 
     @property
     def resident(self) -> bool:
         """Whether the pool is the whole subset, row p showing position p."""
-        ...
+        return isinstance(self.engine, Resident)
 
     @property
     def subset(self) -> Subset:
         """The samples that this loader delivers."""
-        ...
+        return self.plan.subset
 
     @property
     def samples(self) -> int:
         """Samples of an epoch, all ranks together."""
-        ...
+        return len(self.plan.subset)
 
     @property
     def bad(self) -> list[str]:
         """Names of the samples found bad so far (replaced, or left out), each once."""
-        ...
+        return list(self.engine.bad.values())
 
     def batches(self, place: Place) -> Iterator[Batch]:
         """Yield this rank's batches from `place` to the end of the epoch.
@@ -63,15 +86,18 @@ class Loader(Protocol):
         The last batch of an epoch may be short; in evaluation the stored order is delivered, the
         epoch does not matter, and bad images are left out.
         """
-        ...
+        return self.engine.batches(place)
 
     def close(self) -> None:
-        """Release threads, memory and files."""
-        ...
+        """Release threads, memory and files; batches already taken stay valid."""
+        self.engine.close()
+        self.plan.data.close()
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def open_loader(
@@ -91,8 +117,8 @@ def open_loader(
 
     Args:
         paths: the file or files, in the order of their samples.
-        options: batch, view, crop, order, threads and so on. Decoder, threads and prefetch never
-            change results.
+        options: batch, view, crop, order, threads and so on. Decoder, threads, prefetch and memory
+            hints never change results; what the loader that serves does not heed does nothing.
         split: train: shuffled, random crops if asked, bad images replaced. eval: stored order,
             whole images or centre crops, bad images left out.
         subset: the samples to use and their labels; default: all, with their stored labels.
@@ -114,13 +140,13 @@ def open_loader(
         plan = Plan(data, chosen, options, split == "train", rank, world)
         match _choose(plan, device, say):
             case "resident":
-                return ResidentLoader(plan, device, seed, progress)
+                return Loader(plan, Resident(plan, device, seed, progress))
             case "turbo":
-                return TurboLoader(plan, device)
+                return Loader(plan, Turbo(plan, device))
             case "ffcv":
-                return FfcvLoader(plan, device)
+                return Loader(plan, Ffcv(plan, device))
             case "dali":
-                return DaliLoader(plan, device)
+                return Loader(plan, Dali(plan, device))
     except BaseException:
         data.close()
         raise
@@ -175,6 +201,8 @@ def _chosen(data: BetonSet, subset: Subset | None) -> Subset:
         raise ValueError(
             "the subset holds no samples: none of the classes asked for is in the data"
         )
+    if len(subset.labels) != len(subset):
+        raise ValueError(f"the subset has {len(subset)} samples, but {len(subset.labels)} labels")
     if subset.index.min() < 0 or subset.index.max() >= data.n:
         raise ValueError(
             f"the subset names sample {subset.index.max()}, the data has samples 0 to "
@@ -228,6 +256,19 @@ def _check(options: LoaderOptions, split: str, seed: int, rank: int, world: int)
     require(options.prefetch >= 0, f"--loader.prefetch must be 0 or more, got {options.prefetch}")
     require(
         0 <= options.hw_share <= 1, f"--loader.hw-share must be in [0, 1], got {options.hw_share}"
+    )
+    for name in ("device_memory_padding", "host_memory_padding"):
+        padding = getattr(options, name)
+        require(
+            0 <= padding <= LARGEST_PADDING,
+            f"--loader.{name.replace('_', '-')} must be 0 to {LARGEST_PADDING} bytes, each thread "
+            f"has so many; got {padding}",
+        )
+    sides = options.preallocate_hint
+    require(
+        sides == (0, 0) or all(1 <= side <= LONGEST_SIDE for side in sides),
+        f"--loader.preallocate-hint must be a width and a height of 1 to {LONGEST_SIDE} pixels, or "
+        f"0 0; got {sides[0]} {sides[1]}",
     )
     require(0 <= options.max_bad <= 1, f"--loader.max-bad must be in [0, 1], got {options.max_bad}")
     require(options.group >= 0, f"--loader.group must be 0 or more, got {options.group}")

@@ -11,20 +11,21 @@ class ConvertOptions:
     """How images are stored."""
 
     mode: Literal["auto", "jpg", "raw", "smart", "proportion"] = "auto"
-    """auto: copy a JPEG byte for byte where that is safe, store everything else raw.
-    jpg: JPEG always. raw: pixels always. smart: JPEG where the pixels exceed --smart-threshold.
-    proportion: JPEG for a share of the samples, drawn per sample."""
+    """auto: copy a JPEG byte for byte where that is safe, store everything else raw (--preset: as
+    it says). jpg: JPEG always. raw: pixels always. smart: JPEG where the pixels exceed
+    --smart-threshold. proportion: JPEG for a share of the samples, drawn per sample."""
     smart_threshold: int | None = None
     """smart: pixels (height x width x 3) above this many bytes are stored as JPEG [bytes]."""
     compress_probability: float = 0.5
-    """proportion: share of the samples stored as JPEG."""
+    """proportion: share of the samples stored as JPEG. No other mode takes it."""
     quality: int | None = None
     """JPEG quality 1..100 of what is encoded; given, it re-encodes every JPEG (default 90)."""
     max_side: int | None = None
     """Shrink images so that the longer side is at most this [pixels]."""
     preset: Literal["none", "s500", "s384", "s256"] = "none"
     """Make a smaller set of JPEGs. s500, s384: the longer side at most 500 or 384 pixels. s256: the
-    shorter side at most 256. What is shrunk, and what is no JPEG, is encoded at quality 90."""
+    shorter side at most 256. What is shrunk, and what is no JPEG, is encoded at quality 90, with
+    some loss; the rest is copied."""
     classes: Path | None = None
     """File with one class name a line: fixes the class list and its order."""
     check: Literal["scaled", "full", "none"] = "scaled"
@@ -39,14 +40,14 @@ class ConvertOptions:
     page_size: int | None = None
     """Bytes per page, a power of two; default: from the largest sample [bytes]."""
     seed: int = 0
-    """Seed of the proportion draw."""
+    """proportion: seed of the draw. No other mode takes it."""
     force: bool = False
     """Replace an existing file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """How batches are made. Decoder, threads and prefetch never change results."""
+    """How batches are made. Decoder, threads, prefetch and memory hints never change results."""
 
     loader: Literal["auto", "resident", "turbo", "ffcv", "dali", "fastest"] = "auto"
     """resident: all images decoded once and kept on the device. turbo: libjpeg-turbo in threads.
@@ -90,12 +91,20 @@ class LoaderOptions:
     hw_share: float = 0.65
     """dali: share of the JPEGs that the GPU's JPEG engine decodes, 0 to 1, where it has one. Engine
     and shaders may differ in pixels by little: 0 or 1 where runs must repeat bit by bit."""
+    device_memory_padding: int = 16 << 20
+    """dali: memory of the GPU that each decoding thread has from the start, DALI's default; what a
+    larger image needs is allocated when it comes. Nothing on the CPU [bytes]."""
+    host_memory_padding: int = 8 << 20
+    """dali: likewise, pinned memory of the host, twice for each thread [bytes]."""
+    preallocate_hint: tuple[int, int] = (0, 0)
+    """dali: width and height for which the GPU's JPEG engine has memory from the start; 0 0 = it
+    grows with the images. Nothing on the CPU [pixels]."""
     on_bad: Literal["replace", "error"] = "replace"
     """An undecodable image in training: draw another one for it, or stop."""
     max_bad: float = 0.001
     """Share of an epoch that may be replaced before the run stops."""
     verify: bool = True
-    """Check every sample's checksum when it is read."""
+    """Whether every sample's checksum is checked when it is read."""
 
 
 GROWTH_STEP = 32
@@ -117,6 +126,32 @@ def size_at(options: LoaderOptions, epoch: int) -> int:
     side = options.grow_from + (options.size - options.grow_from) * (epoch - first) / (last - first)
     side = round(side / GROWTH_STEP) * GROWTH_STEP
     return min(max(side, options.grow_from), options.size)
+
+
+_HEEDED_BY = {
+    "decoder": ("turbo", "auto", "fastest"),
+    "hw_share": ("dali", "fastest"),
+    "device_memory_padding": ("dali", "fastest"),
+    "host_memory_padding": ("dali", "fastest"),
+    "preallocate_hint": ("dali", "fastest"),
+}
+
+
+def refuse_idle(options: LoaderOptions) -> None:
+    """Raise ValueError for an option that was set, and that nothing of what is asked for heeds.
+
+    For options as somebody gave them: where `fastest` has chosen a loader, those for the others
+    rightly stand idle.
+    """
+    idle = LoaderOptions()
+    for name, loaders in _HEEDED_BY.items():
+        if getattr(options, name) != getattr(idle, name) and options.loader not in loaders:
+            raise ValueError(
+                f"--loader.{name.replace('_', '-')} does nothing with --loader.loader "
+                f"{options.loader}: leave it out, or choose --loader.loader {loaders[0]}"
+            )
+    if options.window != idle.window and options.order != "windowed":
+        raise ValueError("--loader.window does nothing without --loader.order windowed")
 
 
 def refuse_unknown_choices(options: Any, prefix: str) -> None:

@@ -56,7 +56,7 @@ class Plan:
         groups than ranks, some parts are empty.
         """
         n, batch = len(self.subset), self.options.batch
-        if not 0 <= place.consumed <= n or place.epoch < 0:
+        if not 0 <= place.consumed <= n or not 0 <= place.epoch < 1 << 32:
             raise ValueError(
                 f"epoch {place.epoch}, sample {place.consumed} is no place in a set of {n} "
                 "samples: it belongs to other data"

@@ -63,7 +63,10 @@ class Regions:
         if not self._good[index] or int(box[2]) * int(box[3]) > WORTHWHILE * height * width:
             return False
         stored = self._data.region(index)
-        if simplejpeg.decode_jpeg_header(stored)[:2] != (height, width):
+        try:
+            if simplejpeg.decode_jpeg_header(stored)[:2] != (height, width):
+                return False
+        except ValueError:  # `read_image` says it, with the sample's name
             return False
         part = self.decode(stored, box, width)
         if part is None:

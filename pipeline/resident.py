@@ -7,7 +7,6 @@ the whole training set rather than from the batch.
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from backmix.pipeline.batch import Batch, HostRows, Place
 from backmix.pipeline.decode import cut, decoding_threads, read_image
 from backmix.pipeline.plan import Plan
-from backmix.pipeline.subset import Subset
 from backmix.pipeline.views import GOOD, MOST_ATTEMPTS, REPLACED, WARNED, to_device, too_many_bad
 
 CHUNK = 1024
@@ -27,15 +25,13 @@ CGROUP = Path("/sys/fs/cgroup")
 """Where a container's own limit is found."""
 
 
-class ResidentLoader:
+class Resident:
     """Batches are rows of one pool; row p of the pool shows position p of the subset.
 
     A bad image's row shows a substitute, so that it can be drawn as a donor like any other; its
     number is in `pool_index`. When the bad image's own turn comes, its replacement is drawn anew in
     every epoch, as by the other loaders.
     """
-
-    resident = True
 
     def __init__(
         self,
@@ -64,22 +60,9 @@ class ResidentLoader:
         self._pool = self._decode_all(progress)
         self._pool_index = plan.subset.index.copy()
         self._substitute_bad_rows(Place(seed))
+        bad = plan.subset.index[list(self._errors)].tolist()
+        self.bad = {index: plan.data.name(index) for index in bad}
         self._device_index = to_device(self._pool_index, device)
-
-    @property
-    def subset(self) -> Subset:
-        """The samples that this loader delivers."""
-        return self.plan.subset
-
-    @property
-    def samples(self) -> int:
-        """Samples of an epoch, all ranks together."""
-        return len(self.plan.subset)
-
-    @property
-    def bad(self) -> list[str]:
-        """Names of the samples found bad, each once."""
-        return [self.plan.data.name(int(self.subset.index[p])) for p in self._errors]
 
     def batches(self, place: Place) -> Iterator[Batch]:
         """Yield this rank's batches from `place` to the end of the epoch; the pool is shared."""
@@ -91,14 +74,14 @@ class ResidentLoader:
             elif bad.any():
                 rows = rows.copy()
                 rows[bad] = [self._replacement(part.place, int(row)) for row in rows[bad]]
-            index = self.subset.index[rows]
+            index = self.plan.subset.index[rows]
             status = np.where(bad, REPLACED, self._status[rows]).astype(np.uint8)
             yield Batch(
                 pool=self._pool,
                 pool_index=self._device_index,
                 rows=to_device(rows, self.device),
                 index=to_device(index, self.device),
-                labels=to_device(self.subset.labels[rows], self.device),
+                labels=to_device(self.plan.subset.labels[rows], self.device),
                 boxes=to_device(self._boxes[rows], self.device),
                 sizes=to_device(self.plan.data.sizes[index], self.device),
                 status=to_device(status, self.device),
@@ -108,17 +91,10 @@ class ResidentLoader:
             )
 
     def close(self) -> None:
-        """Close the files; the pool goes with the last batch that holds it."""
-        self.plan.data.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        """Do nothing: the pool goes with the last batch that holds it."""
 
     def _decode_all(self, progress: Callable[[int, int], None] | None) -> Tensor:
-        n, size = len(self.subset), self.plan.options.size
+        n, size = len(self.plan.subset), self.plan.options.size
         try:
             pool = torch.zeros(n, size, size, 3, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:
@@ -150,7 +126,7 @@ class ResidentLoader:
         for row in rows:
             position = first + row
             try:
-                index = int(self.subset.index[position])
+                index = int(self.plan.subset.index[position])
                 image, warned = read_image(self.plan.data, index, self.plan.options.verify)
                 cut(image, self._boxes[position], pixels[row])
                 self._status[position] = WARNED if warned else GOOD
@@ -162,9 +138,9 @@ class ResidentLoader:
     def _substitute_bad_rows(self, place: Place) -> None:
         if self.plan.training and len(self._errors) > self.plan.most_bad:
             last = next(reversed(self._errors.values()))
-            raise ValueError(too_many_bad(self.plan, len(self._errors), last))
-        if len(self._errors) == len(self.subset):
-            return  # in evaluation: nothing will be delivered
+            raise ValueError(too_many_bad(self.plan, len(self._errors), self.plan.most_bad, last))
+        if not self.plan.training:
+            return  # bad images are left out, and there are no donors
         for position in self._errors:
             row = self._replacement(place, position)
             self._pool[position] = self._pool[row]
@@ -172,7 +148,7 @@ class ResidentLoader:
 
     def _replacement(self, place: Place, position: int) -> int:
         """Return the good position that stands in for a bad one in the epoch of `place`."""
-        for attempt in range(MOST_ATTEMPTS if len(self.subset) > 1 else 0):
+        for attempt in range(MOST_ATTEMPTS if len(self.plan.subset) > 1 else 0):
             row = self.plan.substitute(place, position, attempt)
             if row not in self._errors:
                 return row

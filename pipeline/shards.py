@@ -145,6 +145,7 @@ def _listed(name: Any, samples: Any, digest: Any, manifest: Path) -> Listed:
         raise ValueError("wrong types")
     if name in ("", "..") or Path(name).name != name or "\0" in name or samples < 1:
         raise ValueError("no file beside the manifest")
+    os.fsencode(name)  # UnicodeEncodeError, a ValueError, for what no file can be called
     return Listed(manifest.with_name(name), samples, digest)
 
 

@@ -8,7 +8,6 @@ next batch also plans the one `prefetch` steps later.
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
-from typing import Self
 
 import torch
 
@@ -16,40 +15,22 @@ from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.decode import decoding_threads
 from backmix.pipeline.plan import Part, Plan
 from backmix.pipeline.regions import Regions
-from backmix.pipeline.subset import Subset
 from backmix.pipeline.views import Views, as_batch, empty_views, fill_rows, register
 
 CHUNK = 8
 """Images per task of a thread: fewer cost more calls, more leave threads idle at a batch's end."""
 
 
-class TurboLoader:
+class Turbo:
     """Batches decoded ahead by threads; every batch has memory of its own and stays valid."""
-
-    resident = False
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self._bad: dict[int, str] = {}
+        self.bad: dict[int, str] = {}
         self._regions = _regions(plan)
         self._threads = decoding_threads(plan.options.threads)
         self._closed = False
-
-    @property
-    def subset(self) -> Subset:
-        """The samples that this loader delivers."""
-        return self.plan.subset
-
-    @property
-    def samples(self) -> int:
-        """Samples of an epoch, all ranks together."""
-        return len(self.plan.subset)
-
-    @property
-    def bad(self) -> list[str]:
-        """Names of the samples found bad so far, each once."""
-        return list(self._bad.values())
 
     def batches(self, place: Place) -> Iterator[Batch]:
         """Yield this rank's batches from `place` to the end of the epoch.
@@ -69,7 +50,7 @@ class TurboLoader:
             except CancelledError:
                 raise ValueError("the loader was closed while its batches were read") from None
             pending.popleft()
-            replaced = register(self.plan, views, self._bad, replaced)
+            replaced = register(self.plan, views, self.bad, replaced)
             return as_batch(self.plan, views, self.device)
 
         try:
@@ -96,16 +77,9 @@ class TurboLoader:
         ]
 
     def close(self) -> None:
-        """End the threads and close the files; batches already taken stay valid."""
+        """End the threads; batches already taken stay valid."""
         self._closed = True
         self._threads.shutdown(cancel_futures=True)
-        self.plan.data.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _regions(plan: Plan) -> Regions | None:

@@ -127,15 +127,18 @@ def register(plan: Plan, views: Views, bad: dict[int, str], count: int) -> int:
     for _, index, _ in views.faults:
         bad.setdefault(index, plan.data.name(index))
     count += int((views.status == REPLACED).sum())
-    if plan.training and count > plan.most_bad:
-        raise ValueError(too_many_bad(plan, count, views.faults[-1][2]))
+    # A rank sees its own share of the epoch only, so it allows its share of the bad ones.
+    limit = max(1, plan.most_bad // plan.world)
+    if plan.training and count > limit:
+        raise ValueError(too_many_bad(plan, count, limit, views.faults[-1][2]))
     return count
 
 
-def too_many_bad(plan: Plan, count: int, last: str) -> str:
+def too_many_bad(plan: Plan, count: int, limit: int, last: str) -> str:
     """Say that an epoch has more bad images than allowed, and which was the last."""
+    where = f" in the share of rank {plan.rank} of {plan.world}" if plan.world > 1 else ""
     return (
-        f"{count} images of this epoch are bad, {plan.most_bad} of {len(plan.subset)} are allowed "
+        f"{count} images of this epoch are bad, {limit} of {len(plan.subset)} are allowed{where} "
         f"(max_bad {plan.options.max_bad:g}); the last: {last}"
     )
 

@@ -145,15 +145,26 @@ class Listing:
     def finish(
         self, wanted: list[str] | None
     ) -> tuple[list[str], np.ndarray, list[str], list[str]]:
-        """Return names in stored order, their labels, the class list and the notes."""
+        """Return names in stored order, their labels, the class list and the notes.
+
+        Args:
+            wanted: the class list asked for. A class of it may have no images, and a folder that it
+                does not name may have none; without a list, a folder without images is an error.
+        """
         if not any(self._names.values()):
             seen = f" ({len(self.ignored)} other files, such as {some(self.ignored)})"
             raise ValueError(
                 f"{self.where} holds no images in class folders{seen if self.ignored else ''}; "
                 f"files are taken by their endings: {' '.join(sorted(images.SUFFIXES))}"
             )
-        # A folder without images is a class of its own, but nothing that a list has to name.
-        found = sorted(name for name, files in self._names.items() if files or wanted is None)
+        empty = sorted(name for name, files in self._names.items() if not files)
+        if empty and wanted is None:
+            # As a class it could not be trained on; left out, it would number the others anew.
+            raise ValueError(
+                f"{self.where} has class folders without images: {some(empty)}; take them away, or "
+                "name the classes with --classes FILE, which then may have none"
+            )
+        found = sorted(name for name, files in self._names.items() if files)
         classes = class_list(found, wanted, self.where)
         notes = note("class without images", [c for c in classes if not self._names.get(c)])
         notes += note("file left out (no image by its ending)", self.ignored)

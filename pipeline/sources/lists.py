@@ -68,7 +68,8 @@ def open_list(spec: str, rest: str, classes: list[str] | None) -> Source:
     notes += note("image listed more than once and stored as often", repeated)
 
     def make(i: int) -> Item:
-        return Item(names[i], int(labels[i]), f"{root}/{names[i]}")
+        where = f"{file}, line {numbers[i]}"
+        return Item(names[i], int(labels[i]), f"{root}/{names[i]}", listed=where)
 
     return Source(spec, known, Items(len(names), make), notes, files=[file])
 

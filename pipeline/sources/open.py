@@ -6,6 +6,7 @@ member of an archive is ever unpacked.
 """
 
 import os
+from difflib import get_close_matches
 
 from backmix.pipeline.sources.cifar import open_cifar
 from backmix.pipeline.sources.folder import open_folder
@@ -57,6 +58,12 @@ def open_source(spec: str, classes: list[str] | None = None) -> Source:
         "parquet": open_parquet,
     }
     if not colon or scheme not in openers or not rest:
-        hint = f"; did you mean folder:{spec} ?" if os.path.isdir(spec) else ""
+        near = get_close_matches(scheme.lower(), openers, n=1)
+        if os.path.isdir(spec):
+            hint = f"; did you mean folder:{spec} ?"
+        elif near:
+            hint = f"; did you mean {near[0]}:{rest or '...'} ?"
+        else:
+            hint = "."
         raise ValueError(f"unknown source {spec!r}{hint} Sources are:\n{SCHEMES}")
     return openers[scheme](spec, rest, classes)

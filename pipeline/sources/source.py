@@ -35,6 +35,8 @@ class Item:
     """Bytes from `offset`; None = the whole file."""
     pixels: np.ndarray | None = None
     """uint8 [h, w, 3] RGB."""
+    listed: str = ""
+    """Where a list names it, for messages: file and line."""
 
     def read(self, limit: int | None = None) -> bytes:
         """Return the encoded image, or its first `limit` bytes.

@@ -3,8 +3,8 @@
     python -m tests.pipeline.mutants FOLDER
 
 reads lines `NAME NUMBER` from stdin: mutant NUMBER of FOLDER/NAME.beton, a function of the two
-alone. It announces the mutant, tries the reader, every sample, the loader `turbo`, and for every
-fourth `dali`, and answers with one line of JSON. `Child` is the other end.
+alone. It tries the reader, every sample, the loader `turbo`, and for every fourth `dali`, and
+answers with one line of JSON. `Child` is the other end; `loader_mutants.py` tries single loaders.
 """
 
 import json
@@ -14,7 +14,7 @@ import select
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,19 +90,28 @@ def read_base(path: Path) -> Base:
     return Base(path.stem, content, sealed, parts)
 
 
-def mutant(base: Base, number: int) -> tuple[str, bool, bytes]:
-    """Return what was damaged, whether the checksums were made anew, and the damaged file."""
+def mutant(
+    base: Base, number: int, parts: Sequence[str] = (), resealed: float = 0.3
+) -> tuple[str, bool, bytes]:
+    """Return what was damaged, whether the checksums were made anew, and the damaged file.
+
+    Args:
+        base: the undamaged file.
+        number: of the mutant.
+        parts: keys of `base.parts` that may be damaged; empty: all.
+        resealed: share of the mutants whose checksums are made anew, where the file has any.
+    """
     random = np.random.default_rng([number, zlib.crc32(base.name.encode())])
     content = bytearray(base.content)
     said = []
     for _ in range(random.choice([1, 1, 1, 2, 3])):
-        part = str(random.choice(list(base.parts)))
+        part = str(random.choice(parts or list(base.parts)))
         start, end = base.parts[part][random.integers(len(base.parts[part]))]
         kind = str(random.choice(list(_DAMAGES), p=_SHARES))
         place = int(random.integers(start, end))
         _DAMAGES[kind](content, random, min(place, max(len(content) - 1, 0)), start, end)
         said.append(f"{kind} in {part}")
-    anew = base.sealed and bool(random.random() < 0.3) and _seal(content)
+    anew = base.sealed and bool(random.random() < resealed) and _seal(content)
     return " + ".join(said), anew, bytes(content)
 
 
@@ -346,6 +355,10 @@ class Child:
     """A process that tries mutants, replaced by another one when it dies or hangs."""
 
     folder: Path
+    module: str = "tests.pipeline.mutants"
+    """What the process runs, on the folder."""
+    seconds: int | None = None
+    """How long one mutant may take; default `SECONDS`."""
     process: "subprocess.Popen[str] | None" = None
 
     def __enter__(self) -> Self:
@@ -360,17 +373,23 @@ class Child:
             self.process.communicate()
             self.process = None
 
-    def attempt(self, name: str, number: int) -> tuple[str, str]:
-        """Return the outcome of a mutant, and what was damaged; never waits for long."""
+    def attempt(self, name: str, number: int, *more: str) -> tuple[str, str]:
+        """Return the outcome of a mutant, and what was damaged; never waits for long.
+
+        Args:
+            name: of the undamaged file.
+            number: of the mutant.
+            more: further words of the line that the process reads.
+        """
         if self.process is None:
             self._start()
         assert self.process is not None and self.process.stdin is not None
         try:
-            self.process.stdin.write(f"{name} {number}\n")
+            self.process.stdin.write(f"{' '.join([name, str(number), *more])}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # told by the missing answer
-        said = self._line(SECONDS)
+        said = self._line(self.seconds or SECONDS)
         if not said:
             crash = f"crash, code {self.process.wait()}" if said == "" else "hang"
             self.stop()
@@ -389,7 +408,7 @@ class Child:
         paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
         with open(self.folder / "stderr.txt", "a") as errors:
             self.process = subprocess.Popen(
-                [*words, "-m", "tests.pipeline.mutants", str(self.folder)],
+                [*words, "-m", self.module, str(self.folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -267,6 +267,9 @@ def test_a_preset_shrinks_to_baseline_jpegs_and_copies_what_is_small_enough(
     write_files(tmp_path / "set", files)
     summary = run(tmp_path / "set", preset=preset)
     assert summary.modes == {"jpg": 6}
+    assert "stored as JPEG 6 (copied byte for byte 1, encoded 5 at quality 90), as pixels 0" in str(
+        summary
+    )
     with open_beton(tmp_path / "out.beton") as data:
         expected = [wide, wide, tall, (250, 100), (250, 100), (100, 250)]
         assert [(width, height) for height, width in data.sizes.tolist()] == expected
@@ -399,6 +402,10 @@ def test_a_class_list_fixes_labels_and_names(tmp_path: Path) -> None:
         assert data.classes == ["dog", "emu", "cat"]
         assert data.labels.tolist() == [0, 2]
     assert "class without images, 1: 'emu'" in str(summary)
+    assert "2 images of 3 classes (1 without any)" in str(summary)
+    assert "3 classes, each with 0 to 1 samples (median 1); 1 without any" in describe(
+        [summary.out]
+    )
 
 
 def test_progress_counts_from_zero_to_all(tmp_path: Path) -> None:
@@ -430,7 +437,13 @@ def test_a_file_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
         ({"quality": 0}, "--quality must be 1 to 100"),
         ({"quality": 101}, "--quality"),
         ({"max_side": 0}, "--max-side"),
-        ({"compress_probability": 1.5}, "--compress-probability"),
+        (
+            {"compress_probability": 1.5, "mode": "proportion"},
+            "--compress-probability must be 0 to 1, not 1.5",
+        ),
+        ({"compress_probability": 0.2}, "--compress-probability needs --mode proportion, not auto"),
+        ({"seed": 1, "mode": "jpg"}, "--seed needs --mode proportion, not jpg"),
+        ({"seed": 1, "preset": "s256"}, "--seed needs --mode proportion"),
         ({"mode": "smart", "smart_threshold": -1}, "--smart-threshold"),
         ({"workers": -1}, "--workers"),
         ({"preset": "s100"}, "--preset must be none, s500, s384, s256; not 's100'"),

@@ -137,13 +137,24 @@ def test_a_broken_image_stops_the_run_or_is_left_out(
     assert len(sums) == 1
 
 
-def test_a_file_of_a_list_that_is_not_there_is_left_out_by_name(tmp_path: Path) -> None:
-    spec = in_list(tmp_path, pictures())
+@pytest.mark.parametrize("count", [4, COUNT])
+def test_a_file_of_a_list_that_is_not_there_is_named_with_its_line(
+    tmp_path: Path, count: int
+) -> None:
+    spec = in_list(tmp_path, dict(list(pictures().items())[:count]))
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n" + listed.read_text())
     (tmp_path / "images" / "003.jpg").unlink()
-    with pytest.raises(ValueError, match=r"images/003\.jpg: .*No such file"):
-        convert(spec, tmp_path / "o.beton", ConvertOptions(workers=1))
-    summary = convert(spec, tmp_path / "o.beton", ConvertOptions(workers=1, on_error="skip"))
-    assert [name for name, _ in summary.skipped] == ["003.jpg"]
+    line = 5
+    with pytest.raises(ValueError) as caught:
+        convert(spec, tmp_path / "o.beton", ConvertOptions(workers=2))
+    assert str(caught.value).startswith(
+        f"{listed}, line {line}: {tmp_path}/images/003.jpg: No such file or directory; --on-error"
+    )
+    summary = convert(spec, tmp_path / "o.beton", ConvertOptions(workers=2, on_error="skip"))
+    reason = f"No such file or directory ({listed}, line {line})"
+    assert summary.skipped == [("003.jpg", reason)]
+    assert rows(summary.out)[3]["skipped"] == reason
 
 
 def test_rows_of_a_parquet_without_bytes_are_left_out_by_name(tmp_path: Path) -> None:

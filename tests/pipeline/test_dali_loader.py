@@ -169,7 +169,7 @@ def test_a_batch_stays_as_it_is_while_others_are_made(photos):
 @needs_dali
 def test_another_resolution_needs_no_other_pipeline(photos):
     with open_loader(photos, TRAIN) as loader:
-        opened: Any = loader
+        opened: Any = loader.engine
         graphs = dict(opened._graphs)
         for size in (48, 32, 64):
             options = dataclasses.replace(TRAIN, size=size)
@@ -197,9 +197,9 @@ def test_an_image_of_the_view_s_size_is_copied_bit_for_bit(tmp_path):
     records = [record(k, RAW if k % 2 else JPG, (48, 48)) for k in range(6)]
     path = write_records(tmp_path / "x.beton", records)
     with open_loader(path, TRAIN, split="eval") as loader:
-        loader.plan = dataclasses.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            loader.plan,  # pyright: ignore[reportAttributeAccessIssue]
-            options=dataclasses.replace(TRAIN, crop="whole"),
+        opened: Any = loader.engine
+        opened.plan = dataclasses.replace(
+            loader.plan, options=dataclasses.replace(TRAIN, crop="whole")
         )
         (batch,) = loader.batches(Place(0))
     for k, one in enumerate(records):
@@ -297,7 +297,7 @@ def test_a_batch_that_dali_gives_up_is_decoded_sample_by_sample(tmp_path):
     path = write_records(tmp_path / "x.beton", records)
     options = dataclasses.replace(TRAIN, max_bad=0.5)
     with open_loader(path, options) as loader:
-        opened: Any = loader
+        opened: Any = loader.engine
         opened._good[:] = True
         for epoch in range(3):
             found = delivered(loader, Place(1, epoch))
@@ -314,7 +314,7 @@ def test_dali_that_always_fails_is_an_error_with_its_own_words(photos, monkeypat
         def outputs() -> Any:
             raise RuntimeError("Error in operator\nencountered:\n\n  no memory\n")
 
-        opened: Any = loader
+        opened: Any = loader.engine
         for graph in opened._graphs.values():
             monkeypatch.setattr(graph._pipeline, "outputs", outputs)
         monkeypatch.setattr(dali_loader, "_Graph", None)  # it is not made anew within an epoch
@@ -326,7 +326,7 @@ def test_dali_that_always_fails_is_an_error_with_its_own_words(photos, monkeypat
 def test_after_an_interruption_the_next_epoch_is_right(photos, monkeypatch):
     """Ctrl-C between DALI's inputs must not pair an image with another one's box."""
     with open_loader(photos, TRAIN) as loader:
-        opened: Any = loader
+        opened: Any = loader.engine
         pipeline = next(iter(opened._graphs.values()))._pipeline
         feed, given = pipeline.feed_input, []
 
@@ -399,11 +399,26 @@ def test_what_it_cannot_do_it_says(photos):
     with open_loader(photos, options) as loader:  # one step of three is still to be checked
         third = loader.batches(Place(0))
         next(third)
-        loader._threads.shutdown(cancel_futures=True)  # pyright: ignore[reportAttributeAccessIssue]
+        opened: Any = loader.engine
+        opened._threads.shutdown(cancel_futures=True)
     assert "closed while" in refusal(lambda: list(third))
-    for share in (-0.1, 1.5):
-        options = dataclasses.replace(TRAIN, hw_share=share)
-        assert "--loader.hw-share" in refusal(lambda: open_loader(photos, options))  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hw_share": -0.1}, "--loader.hw-share must be in [0, 1], got -0.1"),
+        ({"hw_share": 1.5}, "--loader.hw-share must be in [0, 1], got 1.5"),
+        ({"device_memory_padding": -1}, "--loader.device-memory-padding must be 0 to 8589934592"),
+        ({"host_memory_padding": 1 << 40}, "--loader.host-memory-padding must be 0 to"),
+        ({"preallocate_hint": (0, 500)}, "--loader.preallocate-hint must be a width and a height"),
+        ({"preallocate_hint": (70_000, 500)}, "1 to 65535 pixels, or 0 0; got 70000 500"),
+        ({"preallocate_hint": (-1, -1)}, "--loader.preallocate-hint"),
+    ],
+)
+def test_shares_and_hints_out_of_range_are_refused(photos, given, message):
+    options = dataclasses.replace(TRAIN, **given)
+    assert message in refusal(lambda: open_loader(photos, options))
 
 
 @needs_dali
@@ -436,12 +451,35 @@ def test_dali_is_imported_only_when_it_is_asked_for(photos):
 
 
 @needs_dali
+def test_hints_reach_the_decoder_and_change_nothing(photos, monkeypatch):
+    decoders: Any = importlib.import_module("nvidia.dali.fn").decoders
+    real, seen = decoders.image_slice, {}
+
+    def image_slice(*inputs: Any, **options: Any) -> Any:
+        seen.update(options)
+        return real(*inputs, **options)
+
+    monkeypatch.setattr(decoders, "image_slice", image_slice)
+    hints: Any = {
+        "hw_share": 0.25,
+        "device_memory_padding": 1 << 20,
+        "host_memory_padding": 3 << 20,
+        "preallocate_hint": (640, 480),
+    }
+    with open_loader(photos, dataclasses.replace(TRAIN, **hints)) as loader:
+        assert_same(delivered(loader, Place(4)), by_turbo(photos, Place(4)))
+    assert seen["hw_decoder_load"] == 0.25
+    assert (seen["device_memory_padding"], seen["host_memory_padding"]) == (1 << 20, 3 << 20)
+    assert (seen["preallocate_width_hint"], seen["preallocate_height_hint"]) == (640, 480)
+
+
+@needs_dali
 @pytest.mark.parametrize("mode", [JPG, RAW])
 def test_the_graph_for_a_gpu_can_be_written_down_without_one(photos, mode, monkeypatch):
     """Operators, their devices and their arguments are checked by DALI before it is built."""
     dali: Any = importlib.import_module("nvidia.dali")
     with open_loader(photos, TRAIN) as loader:
-        opened: Any = loader
+        opened: Any = loader.engine
         with monkeypatch.context() as patch:
             patch.setattr(dali.Pipeline, "build", lambda self: None)
             dali_loader._pipeline(opened.plan, torch.device("cuda:0"), mode, 8, 4)

@@ -68,9 +68,9 @@ def test_a_block_is_philox_of_the_stated_counter(seed, epoch, index, stream, num
 
 def test_the_stream_numbers_never_change():
     assert list(draws.STREAMS) == (
-        "order crop flip shift donor patch tie apply replacement holdout proportion".split()
+        "order crop flip shift donor patch tie apply replacement holdout proportion strong".split()
     )
-    assert list(draws.STREAMS.values()) == list(range(11))
+    assert list(draws.STREAMS.values()) == list(range(12))
 
 
 def test_a_seed_outside_64_bits_is_refused():

@@ -1,12 +1,16 @@
 """`fastest`: loaders are timed in processes of their own, and the clearly fastest is taken."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset, select
 from tests.pipeline.photos import open_descriptors, write_photos
 
+SOURCES = Path(__file__).parents[2] / "src"
 N = 37
 OPTIONS = LoaderOptions(loader="fastest", batch=8, size=24, crop="random", threads=1)
 
@@ -51,6 +56,72 @@ def test_a_signal_to_the_timed_process_ends_the_choice(photos, monkeypatch) -> N
     monkeypatch.setattr(fastest.subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(KeyboardInterrupt):
         chosen(photos)
+
+
+CHOOSING = """
+import signal, sys
+import numpy as np
+from backmix.pipeline import fastest
+from backmix.pipeline.beton import open_set
+from backmix.pipeline.loader import choose
+from backmix.pipeline.options import LoaderOptions
+from backmix.pipeline.subset import Subset
+
+signal.signal(signal.SIGTERM, lambda *_: None)  # as a run does, which looks at it between steps
+fastest._installed = lambda: ["turbo", "ffcv"]
+fastest.SECONDS = 100.0
+options = LoaderOptions(loader="fastest", batch=8, size=24, crop="random", threads=1)
+with open_set(sys.argv[1]) as data:
+    try:
+        choose(data, options, Subset(np.arange(data.n), data.labels))
+    except KeyboardInterrupt as interruption:
+        sys.exit(str(interruption))
+"""
+
+
+def timed_process(parent: int) -> int | None:
+    """The process that times a loader for another one, once its decoding thread runs."""
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            status = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            if int(status["PPid"]) == parent and int(status["Threads"]) > 1:
+                return int(path.parent.name)
+    return None
+
+
+def ended(process: int | None) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{process}/status").read_text()  # nobody reaps it
+    except OSError:
+        return True
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_this_process_alone_ends_the_timing_at_once(photos, number) -> None:
+    """Whatever this process does with it otherwise; and the timed process ends with it."""
+    environment = os.environ | {"PYTHONPATH": str(SOURCES), "OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", CHOOSING, str(photos)], env=environment, stderr=subprocess.PIPE
+    ) as choosing:
+        try:
+            wait_until(lambda: timed_process(choosing.pid))
+            timed = timed_process(choosing.pid)
+            choosing.send_signal(number)
+            _, said = choosing.communicate(timeout=30)  # of the 200 that it has still to do
+            wait_until(lambda: ended(timed), 30)
+        finally:
+            choosing.kill()
+    if number == signal.SIGTERM:
+        assert said.decode().strip() == "terminated by SIGTERM" and choosing.returncode == 1
+    else:
+        assert choosing.returncode == -number
 
 
 @pytest.mark.parametrize(
@@ -154,14 +225,13 @@ def test_every_installed_loader_is_timed_for_real(photos, monkeypatch):
     assert said[-1].startswith(f"fastest: taking {taken}")
 
 
-def test_the_module_answers_a_foolish_request_with_an_error():
-    root = Path(__file__).parents[2]
+def test_a_loader_s_process_answers_a_foolish_request_with_an_error():
     done = subprocess.run(
-        [sys.executable, "-m", "backmix.pipeline.fastest"],
+        [sys.executable, "-c", fastest.PROGRAM],
         input="nothing",
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(root / "src")},
+        env=os.environ | {"PYTHONPATH": str(SOURCES)},
         timeout=100,
     )
     assert done.returncode == 0 and done.stdout.startswith('{"error"')

@@ -74,6 +74,7 @@ def explore(folder: Path) -> None:
     torch.set_num_threads(3)
     before = numpys_state()
     train = open_loader(photos, TRAIN)
+    opened: Any = train.engine
     facts["torch threads after opening"] = torch.get_num_threads()
     facts["numpy's generator untouched"] = before == numpys_state()
     for k, place in enumerate(PLACES):
@@ -104,20 +105,21 @@ def explore(folder: Path) -> None:
     with open_loader(damaged, UNVERIFIED) as loader:
         save(folder / "replaced.npz", list(loader.batches(Place(1))))
         facts["bad"] = sorted(loader.bad)
-        loader.plan = dataclasses.replace(loader.plan, training=False)  # pyright: ignore
+        damaged_engine: Any = loader.engine
+        damaged_engine.plan = dataclasses.replace(loader.plan, training=False)
         save(folder / "left_out.npz", list(loader.batches(Place(1))))
 
     growing = dataclasses.replace(TRAIN, grow_from=32, grow=(0, 1))
-    train.plan = dataclasses.replace(train.plan, options=growing)  # pyright: ignore
+    opened.plan = dataclasses.replace(train.plan, options=growing)
     for epoch in (0, 1):
         save(folder / f"grown{epoch}.npz", list(train.batches(Place(3, epoch))))
-    train.plan = dataclasses.replace(train.plan, options=TRAIN)  # pyright: ignore
+    opened.plan = train.plan
 
     damage(photos[0], 5)  # from here on by its checksum alone
     options = dataclasses.replace(TRAIN, on_bad="error")
-    train.plan = dataclasses.replace(train.plan, options=options)  # pyright: ignore
+    opened.plan = dataclasses.replace(train.plan, options=options)
     facts["checksum"] = refusal(lambda: list(train.batches(Place(0))))
-    train._stock.code = None  # pyright: ignore
+    opened._stock.code = None
     facts["dead thread"] = refusal(lambda: list(train.batches(Place(0))))
     train.close()
     closed = open_descriptors()

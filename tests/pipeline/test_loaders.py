@@ -23,7 +23,7 @@ from backmix.pipeline.loader import Loader, open_loader
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.plan import Plan
 from backmix.pipeline.subset import Subset, select
-from backmix.pipeline.turbo import TurboLoader
+from backmix.pipeline.turbo import Turbo
 from tests.pipeline.photos import (
     damage,
     open_descriptors,
@@ -217,7 +217,7 @@ def test_a_resident_pool_does_not_grow_and_auto_knows(photos):
     with pytest.raises(ValueError, match=r"cannot grow: choose --loader.loader turbo"):
         open_loader(photos, options("resident", **growing))
     with open_loader(photos, options("auto", **growing)) as loader:
-        assert isinstance(loader, TurboLoader)
+        assert isinstance(loader.engine, Turbo)
     with open_loader(photos, options("resident", **growing), split="eval") as evaluation:
         assert next(evaluation.batches(Place(0))).pool.shape == (N, 32, 32, 3)
 
@@ -430,9 +430,11 @@ def test_decoding_threads_use_one_torch_thread_and_leave_training_its_own(photos
     torch.set_num_threads(3)
     try:
         loader = open_loader(photos, options(threads=4))
-        assert isinstance(loader, TurboLoader)
+        assert isinstance(loader.engine, Turbo)
         with loader:
-            seen = [loader._threads.submit(torch.get_num_threads).result() for _ in range(16)]
+            seen = [
+                loader.engine._threads.submit(torch.get_num_threads).result() for _ in range(16)
+            ]
             assert set(seen) == {1} and torch.get_num_threads() == 3
             later = []
             new = threading.Thread(target=lambda: later.append(torch.get_num_threads()))

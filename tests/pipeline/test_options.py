@@ -1,11 +1,14 @@
-"""How views grow: the published rule, and what of it can be asked for."""
+"""How views grow: the published rule, and what of it can be asked for; options that do nothing."""
+
+import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backmix.pipeline.options import LoaderOptions, size_at
+from backmix.pipeline.options import LoaderOptions, refuse_idle, size_at
 
 
 def published(epoch: int, small: int, full: int, start: int, end: int) -> int:
@@ -57,3 +60,45 @@ def test_without_growth_every_epoch_has_the_full_size():
 def test_growth_of_no_length_is_a_jump_after_its_epoch(epoch):
     options = LoaderOptions(size=64, grow_from=32, grow=(3, 3))
     assert size_at(options, epoch) == 32 and size_at(options, 4) == 64
+
+
+# --- options that do nothing ----------------------------------------------------------------------
+
+DALI = {
+    "hw_share": 0.5,
+    "device_memory_padding": 1,
+    "host_memory_padding": 1,
+    "preallocate_hint": (1, 1),
+}
+USES = {
+    "auto": {"decoder"},
+    "turbo": {"decoder"},
+    "resident": set(),
+    "ffcv": set(),
+    "dali": set(DALI),
+    "fastest": {"decoder", *DALI},
+}
+
+
+@pytest.mark.parametrize("loader", USES)
+@pytest.mark.parametrize(("name", "value"), [("decoder", "full"), *DALI.items()])
+def test_an_option_of_another_loader_is_refused(loader: Any, name: str, value: Any) -> None:
+    options = dataclasses.replace(LoaderOptions(loader=loader), **{name: value})
+    if name in USES[loader]:
+        refuse_idle(options)
+    else:
+        flag = "--loader." + name.replace("_", "-")
+        with pytest.raises(ValueError, match=f"{flag} does nothing with --loader.loader {loader}:"):
+            refuse_idle(options)
+
+
+def test_what_is_not_set_is_no_mistake() -> None:
+    for loader in USES:
+        options: Any = {"loader": loader}
+        refuse_idle(LoaderOptions(**options))
+
+
+def test_a_window_needs_windowed_order() -> None:
+    refuse_idle(LoaderOptions(order="windowed", window=3))
+    with pytest.raises(ValueError, match=r"--loader.window does nothing without --loader.order"):
+        refuse_idle(LoaderOptions(window=3))

@@ -49,14 +49,24 @@ def test_a_folder_is_listed_by_class_and_then_by_name(tmp_path: Path) -> None:
 def test_hidden_and_foreign_files_are_left_out_and_the_foreign_are_told(tmp_path: Path) -> None:
     files = ["cat/1.jpg", "cat/._1.jpg", "cat/.DS_Store", ".git/x.jpg", "cat/notes.txt", "top.jpg"]
     write_files(tmp_path, {name: b"?" for name in files})
-    (tmp_path / "empty").mkdir()
     source = open_source(f"folder:{tmp_path}")
     assert names(source) == ["cat/1.jpg"]
-    assert source.classes == ["cat", "empty"]
+    assert source.classes == ["cat"]
     notes = " ".join(source.notes)
-    assert "class without images, 1: 'empty'" in notes
     assert "'cat/notes.txt', 'top.jpg'" in notes
     assert "DS_Store" not in notes
+
+
+def test_a_class_folder_without_images_is_refused_unless_a_list_decides(tmp_path: Path) -> None:
+    """As torchvision's ImageFolder: nothing could be trained on the class."""
+    write_files(tmp_path, {"cat/1.jpg": b"?", "masks/1.npy": b"?"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"without images: 'empty', 'masks'; take .* --classes"):
+        open_source(f"folder:{tmp_path}")
+    assert open_source(f"folder:{tmp_path}", ["cat"]).classes == ["cat"]
+    source = open_source(f"folder:{tmp_path}", ["empty", "cat"])
+    assert source.classes == ["empty", "cat"] and labels(source) == [1]
+    assert "class without images, 1: 'empty'" in source.notes
 
 
 def test_links_are_followed_and_a_loop_is_an_error(tmp_path: Path) -> None:
@@ -93,6 +103,7 @@ def test_folders_without_end_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="more than 100 folders deep"):
         open_source(f"folder:{tmp_path}")
     os.rename(tmp_path / "a" / "a", tmp_path / "b")
+    (tmp_path / "a").rmdir()
     assert len(open_source(f"folder:{tmp_path}").items) == 1
 
 
@@ -171,6 +182,27 @@ def test_an_unknown_source_lists_the_known_ones(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("imagnet:data//val", "imagenet:data//val"),
+        ("Folder:data", "folder:data"),
+        ("tiny-imagenet:data", "tinyimagenet:data"),
+        ("CIFAR10:data", "cifar:data"),
+        ("tar:", "tar:..."),
+    ],
+)
+def test_a_mistyped_kind_of_source_is_told_the_nearest(spec: str, meant: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        open_source(spec)
+    assert str(caught.value).startswith(f"unknown source {spec!r}; did you mean {meant} ? Sources")
+
+
+def test_a_kind_like_no_other_gets_no_guess() -> None:
+    with pytest.raises(ValueError, match=r"^unknown source 'xyz:data'\. Sources are:"):
+        open_source("xyz:data")
+
+
 def test_a_million_items_cost_no_objects(tmp_path: Path) -> None:
     class_folders(tmp_path, ["cat"], each=3)
     items = open_source(f"folder:{tmp_path}").items
@@ -240,7 +272,9 @@ def test_links_and_empty_classes_of_a_tar_are_told(tmp_path: Path) -> None:
             member = tarfile.TarInfo(name)
             member.type = kind
             archive.addfile(member)
-    source = open_source(f"tar:{path}")
+    with pytest.raises(ValueError, match="class folders without images: 'emu'"):
+        open_source(f"tar:{path}")
+    source = open_source(f"tar:{path}", ["cat", "emu"])
     assert names(source) == ["cat/1.jpg"]
     assert source.notes == [
         "class without images, 1: 'emu'",

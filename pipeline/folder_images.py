@@ -1,0 +1,171 @@
+"""Image files as batches: read, decoded and cut as the loaders do it with a .beton, in order.
+
+For images that are looked at once, such as the unknown sets of an evaluation: nothing is converted
+and nothing is drawn.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import xxhash
+
+from backmix.pipeline.batch import Batch, HostRows, Place
+from backmix.pipeline.decode import cut, decoding_threads
+from backmix.pipeline.draws import centre_boxes
+from backmix.pipeline.images import check_size, decode_rgb
+from backmix.pipeline.sources.source import Item
+
+
+@dataclass
+class Reading:
+    """What only reading tells; complete when the last batch has been taken."""
+
+    bad: list[str] = field(default_factory=list)
+    """Images that were left out: file, what is wrong, and the line of the list that names it."""
+    file_sizes: list[int] = field(default_factory=list)
+    """Bytes of the encoded images that were not left out, in their order."""
+    digest: str = ""
+    """Identifies names and bytes of all images."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One file: its bytes, and its view or what is wrong with it."""
+
+    data: bytes
+    view: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    box: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    size: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    problem: str = ""
+
+
+Shown = tuple[np.ndarray, np.ndarray]
+"""A view, uint8 [S, S, 3], and its box y0, x0, h, w in the image, int32 [4]."""
+
+
+def box_view(pixels: np.ndarray, box: np.ndarray, size: int) -> Shown:
+    """Return a box of an image as a view, resampled once: what the loaders show of a .beton.
+
+    Args:
+        pixels: uint8 [h, w, 3].
+        box: y0, x0, h, w inside the image, int32 [4].
+        size: side S of the view [pixels].
+    """
+    view = np.empty((size, size, 3), np.uint8)
+    cut(pixels, box, view)
+    return view, box
+
+
+def central_view(pixels: np.ndarray, size: int, share: float) -> Shown:
+    """Return the usual test view: shorter side to size / share, then the central square.
+
+    Pixel by pixel what torchvision's Resize and CenterCrop make of a Pillow image (bilinear, with
+    antialiasing), but for single levels of rounding. `draws.centre_boxes` shows nearly the same
+    with one resampling less, from a corner that lies up to a pixel beside.
+
+    Args:
+        pixels: uint8 [h, w, 3].
+        size: side S of the view [pixels].
+        share: of the resized shorter side that is shown, in (0, 1]: 224 / 256.
+
+    Raises:
+        ValueError: so long an image that the resized one would be too large.
+
+    >>> central_view(np.zeros((300, 500, 3), np.uint8), 224, 224 / 256)[1].tolist()
+    [19, 119, 262, 262]
+    """
+    height, width = pixels.shape[:2]
+    short = round(size / share)
+    # Plain truncation, as torchvision has it.
+    tall = short if height <= width else int(short * height / width)
+    wide = short if width <= height else int(short * width / height)
+    check_size(tall, wide)
+    whole = np.empty((tall, wide, 3), np.uint8)
+    cut(pixels, np.array([0, 0, height, width], np.int32), whole)
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    box = centre_boxes(np.array([[height, width]], np.int32), share)[0]
+    return whole[top : top + size, left : left + size], box
+
+
+def read_batches(
+    items: Sequence[Item],
+    show: Callable[[np.ndarray], Shown],
+    reading: Reading,
+    *,
+    batch: int,
+    threads: int,
+    device: torch.device | str,
+) -> Iterator[Batch]:
+    """Read images batch by batch; those that cannot be read are left out and named in `reading`.
+
+    Truncated images are such images, whatever a decoder would make of them.
+
+    Args:
+        items: the images, with their labels (-1 = unknown).
+        show: makes the view of an image, uint8 [h, w, 3]: `box_view` or `central_view`.
+        reading: is filled.
+        batch: images per batch, those that are left out among them; a batch of such images alone is
+            not given out.
+        threads: of decoding; 0 = one per core.
+        device: where the batches lie.
+
+    Yields batches whose `index` is the position in `items`.
+    """
+    digest = xxhash.xxh3_128()
+
+    def read(item: Item) -> _Read:
+        data = b""
+        try:
+            data = item.read()
+            pixels = decode_rgb(data)
+            return _Read(data, *show(pixels), np.array(pixels.shape[:2], np.int32))
+        except (ValueError, OSError) as error:
+            return _Read(data, problem=_problem(item, error))
+
+    with decoding_threads(threads) as pool:
+        for start in range(0, len(items), batch):
+            some = items[start : start + batch]
+            good: list[tuple[int, _Read]] = []
+            for number, (item, image) in enumerate(
+                zip(some, pool.map(read, some), strict=True), start
+            ):
+                digest.update(f"{item.name}\0{len(image.data)}\0".encode() + image.data)
+                if image.problem:
+                    reading.bad.append(image.problem)
+                else:
+                    reading.file_sizes.append(len(image.data))
+                    good.append((number, image))
+            if good:
+                yield _batch_of(good, items, device)
+    reading.digest = digest.hexdigest()
+
+
+def _problem(item: Item, error: Exception) -> str:
+    what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{item.path}: {what}" + (f" ({item.listed})" if item.listed else "")
+
+
+def _batch_of(
+    images: Sequence[tuple[int, _Read]], items: Sequence[Item], device: torch.device | str
+) -> Batch:
+    def tensor(values: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(values)).to(device)
+
+    n = len(images)
+    numbers = np.array([number for number, _ in images])
+    index = torch.from_numpy(numbers).to(device)
+    return Batch(
+        pool=tensor([image.view for _, image in images]),
+        pool_index=index,
+        rows=torch.arange(n, device=device),
+        index=index,
+        labels=torch.tensor([items[number].label for number in numbers.tolist()], device=device),
+        boxes=tensor([image.box for _, image in images]),
+        sizes=tensor([image.size for _, image in images]),
+        status=torch.zeros(n, dtype=torch.uint8, device=device),
+        group=n,
+        place=Place(seed=0),
+        host=HostRows(numbers, np.arange(n)),
+    )
