@@ -124,16 +124,27 @@ def _mix_background() -> dict[str, Launch]:
 
 
 def _update_cam_bank() -> dict[str, Launch]:
-    """Return the updates from ResNet-50's last map at 224 px, and from mixed views of CIFAR."""
+    """Return the updates from ResNet-50's last map at 224 px, and from mixed views of CIFAR.
+
+    The last one is of views of 160 px on their way to 224 px.
+    """
 
     def made(
-        n: int, cells: int, channels: int, classes: int, side: int, *, mixed: bool = False
+        n: int,
+        cells: int,
+        channels: int,
+        classes: int,
+        side: int,
+        *,
+        map_cells: int | None = None,
+        mixed: bool = False,
     ) -> Callable[..., Launch]:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         def of(dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> Launch:
-            features = empty(n, channels, cells, cells, dtype=dtype)
+            across = map_cells or cells
+            features = empty(n, channels, across, across, dtype=dtype)
             return update_cam_bank.launch(
                 empty(50_000, cells, cells, dtype=torch.float16),
                 features.contiguous(memory_format=layout),
@@ -158,6 +169,9 @@ def _update_cam_bank() -> dict[str, Launch]:
         "1024 x 7 x 7 x 2048 fp32": imagenet(torch.float32),
         "1024 x 7 x 7 x 2048 bf16, NCHW": imagenet(torch.bfloat16, torch.contiguous_format),
         "512 x 4 x 4 x 128 bf16, mixed": made(512, 4, 128, 10, 32, mixed=True)(torch.bfloat16),
+        "1024 x 5 x 5 x 2048 bf16, into 7 x 7, mixed": made(
+            1024, 7, 2048, 1000, 160, map_cells=5, mixed=True
+        )(torch.bfloat16),
     }
 
 

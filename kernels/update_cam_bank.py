@@ -5,9 +5,10 @@ The map of an image is the evidence for its own class at each location of the la
 a crop, flipped, shifted, perhaps with a pasted window; the bank keeps one small running mean per
 training image in the frame of the *stored* image, so that maps of different crops meet. Cells that
 this crop did not show keep their value.
-The kernel has one program per sample, because the map's scale needs all cells: it holds the g x g'
+The map may have another grid than the bank, as it does where views grow while a network trains.
+The kernel has one program per sample, because the map's scale needs all cells: it holds the map's
 cells as rows of a tile, walks the channels, and then every stored cell fetches its value.
-Bytes: the feature map is read once, and nothing else counts: n * C * g * g' * itemsize; each sample
+Bytes: the feature map is read once, and nothing else counts: n * C * h * w * itemsize; each sample
 reads one row of the weight and moves one bank row. Operations: one multiply-add per element.
 Floor: bytes / copy bandwidth.
 """
@@ -56,21 +57,22 @@ def update_cam_bank_meaning(
     if normalise == "image":
         value = _unit_range(value)
 
-    # Which view cell each stored cell takes, and whether the view shows it.
+    # Which cell of the map each stored cell takes, and whether the view shows it.
     y0, x0, box_height, box_width = box.long()[:, :, None].unbind(1)
-    down = _Side(start=y0, length=box_height, cells=rows, pixels=size[0])
-    right = _Side(start=x0, length=box_width, cells=columns, pixels=size[1])
+    map_rows, map_columns = features.shape[2:]
+    down = _Side(y0, box_height, cells=rows, map_cells=map_rows, pixels=size[0])
+    right = _Side(x0, box_width, cells=columns, map_cells=map_columns, pixels=size[1])
     none = torch.zeros_like(y0)
     sy, sx = (none, none) if shift is None else shift.long()[:, :, None].unbind(1)
-    row, row_seen = down.view_cells(shift=sy)
-    column, column_seen = right.view_cells(shift=sx, flip=flip)
+    row, row_seen = down.taken_cells(shift=sy)
+    column, column_seen = right.taken_cells(shift=sx, flip=flip)
     seen = row_seen[:, :, None] & column_seen[:, None, :]
     if patch is not None:
         ty, tx, _, _, patch_height, patch_width = patch.long()[:, :, None].unbind(1)
         seen &= ~(
             down.within(ty, patch_height)[:, :, None] & right.within(tx, patch_width)[:, None]
         )
-    cell = row[:, :, None] * columns + column[:, None, :]
+    cell = row[:, :, None] * map_columns + column[:, None, :]
     value = value.flatten(1).gather(1, cell.flatten(1)).view_as(cell)
 
     # The running mean. One value that is not finite would stay in it for ever.
@@ -99,6 +101,9 @@ class _Side:
     length: Tensor
     """Length of the box, 16.16, int64 [n, 1]."""
     cells: int
+    """Stored cells along this side."""
+    map_cells: int
+    """Cells of the map along this side of the view."""
     pixels: int
     """Length of the view and of the output along this side; 1 where no pixel matters."""
 
@@ -113,8 +118,8 @@ class _Side:
         cell = torch.arange(self.cells, device=self.start.device)
         return (2 * cell + 1) * 32768 - self.cells * self.start
 
-    def view_cells(self, *, shift: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the features' cell under each stored centre, and whether there is one.
+    def taken_cells(self, *, shift: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the map's cell under each stored centre, and whether there is one.
 
         Args:
             shift: in pixels, int64 [n, 1].
@@ -129,8 +134,8 @@ class _Side:
             centre = torch.where(flip[:, None], span - 1 - centre, centre)
         moved = centre * self.pixels - shift * span
         seen &= (moved >= 0) & (moved < self.pixels * span)
-        cell = moved // (self.pixels * self.length).clamp(min=1)
-        return cell.clamp(0, self.cells - 1), seen
+        cell = moved * self.map_cells // (self.pixels * span).clamp(min=1)
+        return cell.clamp(0, self.map_cells - 1), seen
 
     def within(self, start: Tensor, size: Tensor) -> Tensor:
         """Return which centres lie on the view's pixels start..start+size-1, bool [n, cells]."""
@@ -139,7 +144,7 @@ class _Side:
 
 
 def _class_maps(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Return sum over c of weight[label, c] * features[c], fp32 [n, g, g'].
+    """Return sum over c of weight[label, c] * features[c], fp32 [n, h, w].
 
     An unknown label (-1) reads class 0: such a sample is not written.
     """
@@ -166,10 +171,23 @@ LONGEST_SIDE = 1023
 """Pixels of a view's side up to which the cell arithmetic fits 32 bits: 2 * 16 * 65537 * 1023."""
 
 
+@triton.jit
+def _taken_cell(place, length, CELLS: tl.constexpr, MAP_CELLS: tl.constexpr):
+    """Return place * MAP_CELLS // (length * CELLS), the map's cell at 0 <= place < length * CELLS.
+
+    In two steps where the grids differ, so that 32 bits hold it: length is at most 65537 * 1023.
+    """
+    length = tl.maximum(length, 1)
+    cell = place // length
+    if MAP_CELLS != CELLS:
+        cell = (cell * MAP_CELLS + (place - cell * length) * MAP_CELLS // length) // CELLS
+    return cell
+
+
 @triton.jit(do_not_specialize=["bank_rows", "classes", "height", "width"])
 def _update_cam_bank_kernel(
     bank_ptr,  # fp16 or fp32 [bank_rows, ROWS, COLUMNS], in and out
-    features_ptr,  # fp32, bf16 or fp16 [n, C, ROWS, COLUMNS] by its strides
+    features_ptr,  # fp32, bf16 or fp16 [n, C, MAP_ROWS, MAP_COLUMNS] by its strides
     weight_ptr,  # fp32, bf16 or fp16 [classes, C] by its strides
     labels_ptr,  # int64 [n]
     bank_row_ptr,  # int64 [n]
@@ -191,8 +209,10 @@ def _update_cam_bank_kernel(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MAP_ROWS: tl.constexpr,
+    MAP_COLUMNS: tl.constexpr,
     NORMALISE: tl.constexpr,  # whether a map is moved to 0..1
-    CELLS: tl.constexpr,  # power of two, at least ROWS * COLUMNS
+    CELLS: tl.constexpr,  # power of two, at least ROWS * COLUMNS and MAP_ROWS * MAP_COLUMNS
     BLOCK_C: tl.constexpr,  # channels of a tile
     UNROLL: tl.constexpr,  # tiles of a turn of the loop
     STAGES: tl.constexpr,
@@ -210,7 +230,8 @@ def _update_cam_bank_kernel(
     if (row < 0) | (row >= bank_rows) | (rate == 0):  # foreign memory is never written
         return
 
-    # Which view cell each stored cell takes, and whether the view shows it: `_Side`, in 32 bits.
+    # Which cell of the map each stored cell takes, and whether the view shows it: `_Side`, in 32
+    # bits.
     cell = tl.arange(0, CELLS)
     tall = ROWS * box_height
     wide = COLUMNS * box_width
@@ -237,8 +258,10 @@ def _update_cam_bank_kernel(
         right -= tl.minimum(tl.maximum(sx, -width), width) * wide
         seen &= (down >= 0) & (down < height * tall) & (right >= 0) & (right < width * wide)
     # Where it is shown the dividend is at least 0, so that truncation is the floor.
-    view_row = tl.where(seen, down // tl.maximum(height * box_height, 1), 0)
-    view_column = tl.where(seen, right // tl.maximum(width * box_width, 1), 0)
+    map_row = _taken_cell(down, height * box_height, ROWS, MAP_ROWS)
+    map_row = tl.where(seen, map_row, 0)
+    map_column = _taken_cell(right, width * box_width, COLUMNS, MAP_COLUMNS)
+    map_column = tl.where(seen, map_column, 0)
     stored = bank_ptr + row * (ROWS * COLUMNS) + cell
     old = tl.load(stored, mask=seen, other=0).to(tl.float32)
 
@@ -248,7 +271,7 @@ def _update_cam_bank_kernel(
     label = tl.minimum(tl.maximum(label, 0), classes - 1)  # a class that is not there reads another
     channel = tl.arange(0, BLOCK_C)
     at = features_ptr + sample * sample_stride
-    at += tl.minimum(cell, ROWS * COLUMNS - 1)[:, None] * cell_stride
+    at += tl.minimum(cell, MAP_ROWS * MAP_COLUMNS - 1)[:, None] * cell_stride
     at += channel[None, :] * channel_stride
     weight_at = weight_ptr + label * weight_row_stride + channel * weight_stride
     total = tl.zeros((CELLS, BLOCK_C), tl.float32)
@@ -276,7 +299,7 @@ def _update_cam_bank_kernel(
         # Rounded as a division is, so that the greatest cell is 1.
         unit = tl.div_rn(value - least, tl.zeros_like(value) + tl.where(flat, 1.0, span))
         value = tl.where(span < infinity, tl.where(flat, 0.5, unit), float("nan"))
-    value = tl.gather(value, view_row * COLUMNS + view_column, 0)
+    value = tl.gather(value, map_row * MAP_COLUMNS + map_column, 0)
 
     # The running mean. One value that is not finite would stay in it for ever.
     new = old + rate * (value - old)
@@ -309,12 +332,14 @@ def launch(
         config: block sizes; None = those of `configs`. The others are those of the meaning; n > 0,
             sides up to LONGEST_SIDE where shift or patch is given.
     """
-    channels, rows, columns = features.shape[1:]
+    rows, columns = bank.shape[1:]
+    channels, map_rows, map_columns = features.shape[1:]
+    cells = max(rows * columns, map_rows * map_columns)
     features = _evenly_spaced(features)
     sample_stride, channel_stride, cell_stride = _strides(features)
     if config is None:
         config = configs.update_cam_bank(
-            channels, rows * columns, features.element_size(), channels_last=channel_stride == 1
+            channels, cells, features.element_size(), channels_last=channel_stride == 1
         )
     # Without shift and window the pixels cancel out.
     height, width = (1, 1) if shift is None and patch is None else size
@@ -347,8 +372,10 @@ def launch(
             "C": channels,
             "ROWS": rows,
             "COLUMNS": columns,
+            "MAP_ROWS": map_rows,
+            "MAP_COLUMNS": map_columns,
             "NORMALISE": normalise == "image",
-            "CELLS": triton.next_power_of_2(rows * columns),
+            "CELLS": triton.next_power_of_2(cells),
             "BLOCK_C": config.channels,
             "UNROLL": config.unroll,
             "STAGES": config.stages,
@@ -447,9 +474,11 @@ def update_cam_bank(
 
     Args:
         bank: fp16 or fp32 [m, g, g'], contiguous; one row per training image.
-        features: last feature map before the mean over locations, [n, C, g, g'] of the bank's
-            grid, fp32, bf16 or fp16, in any memory format; channels-last is the fast one. Both
-            formats and slices of them are read in place, other strides are copied first.
+        features: last feature map before the mean over locations, [n, C, h, w], fp32, bf16 or
+            fp16, in any memory format; channels-last is the fast one. Both formats and slices of
+            them are read in place, other strides are copied first. Its grid may be another than
+            the bank's, sides up to 16: a stored cell takes the cell of the map that its centre
+            lies in.
         weight: of the linear layer after that mean, [K, C], fp32, bf16 or fp16.
         labels: class of each image, int64 [n], 0..K-1 where the row is written.
         bank_row: int64 [n]; below 0 = not written (padding, replaced images). Each other row at
@@ -533,7 +562,12 @@ def _check_tensors(
     dispatch.expect_tensors(bank=bank, labels=labels)
     expect, device, n = dispatch.expect, bank.device, len(labels)
     dispatch.expect_bank(bank, device)
-    expect("features", features, _FLOATS, (n, "C", *bank.shape[1:]), device)
+    expect("features", features, _FLOATS, (n, "C", "h", "w"), device)
+    if not all(1 <= side <= dispatch.LARGEST_GRID for side in features.shape[2:]):
+        raise ValueError(
+            f"features must have a grid of 1..{dispatch.LARGEST_GRID} cells a side, got shape "
+            f"{list(features.shape)}"
+        )
     expect("weight", weight, _FLOATS, ("K", features.shape[1]), device)
     expect("labels", labels, (torch.int64,), (n,), device)
     expect("bank_row", bank_row, (torch.int64,), (n,), device)

@@ -66,6 +66,7 @@ def random_case(
     *,
     n: int = 4,
     grid: tuple[int, int] = (4, 3),
+    map_grid: tuple[int, int] | None = None,
     channels: int = 5,
     dtype: torch.dtype = torch.float32,
     moved: bool = True,
@@ -88,7 +89,9 @@ def random_case(
         }
     bank_row = rng.permutation(rows)[:n]
     bank_row[rng.random(n) < 0.2] = -1
-    features = torch.from_numpy(rng.normal(size=(n, channels, *grid)).astype(np.float32))
+    features = torch.from_numpy(
+        rng.normal(size=(n, channels, *(map_grid or grid))).astype(np.float32)
+    )
     if seed % 2:
         features = features.contiguous(memory_format=torch.channels_last)
     return Case(
@@ -106,12 +109,18 @@ def random_case(
 # --- the second formula: loops in float64, written from the definition ----------------------------
 
 
+def cell_at(place: int, whole: int, cells: int) -> int:
+    """The first of equal cells, cut from a length, that ends behind a place."""
+    return next(k for k in range(cells) if place * cells < (k + 1) * whole)
+
+
 def slow_update(case: Case, normalise: str = "image") -> tuple[np.ndarray, np.ndarray]:
     """Return the new bank and how far a cell of it may be off, by summation order and fp16."""
     o = case.options
     bank = case.bank.double().numpy().copy()
     off = np.zeros_like(bank)
     g, g2 = bank.shape[1:]
+    map_rows, map_columns = case.features.shape[2:]
     height, width = o.get("size", (1, 1))
     for s, row in enumerate(case.bank_row.tolist()):
         if row < 0:
@@ -141,7 +150,10 @@ def slow_update(case: Case, normalise: str = "image") -> tuple[np.ndarray, np.nd
                 my, mx = ny * height - sy * g * bh, nx * width - sx * g2 * bw
                 if not (0 <= my < height * g * bh and 0 <= mx < width * g2 * bw):
                     continue
-                seen = value[my // (height * bh), mx // (width * bw)]
+                seen = value[
+                    cell_at(my, height * g * bh, map_rows),
+                    cell_at(mx, width * g2 * bw, map_columns),
+                ]
                 bank[row, i, j] += o["rate"] * (seen - bank[row, i, j])
                 eps = 2.0**-10 if case.bank.dtype == torch.float16 else 2.0**-23
                 rounding = 4 * eps * abs(bank[row, i, j])
@@ -152,14 +164,20 @@ def slow_update(case: Case, normalise: str = "image") -> tuple[np.ndarray, np.nd
 @given(
     seed=st.integers(0, 2**20),
     grid=st.tuples(st.integers(1, 16), st.integers(1, 16)) | st.just((4, 3)),
+    map_grid=st.none() | st.tuples(st.integers(1, 16), st.integers(1, 16)),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     normalise=st.sampled_from(["image", "none"]),
     moved=st.booleans(),
 )
 def test_every_cell_is_what_the_definition_says(
-    seed: int, grid: tuple[int, int], dtype: torch.dtype, normalise: str, moved: bool
+    seed: int,
+    grid: tuple[int, int],
+    map_grid: tuple[int, int] | None,
+    dtype: torch.dtype,
+    normalise: str,
+    moved: bool,
 ) -> None:
-    case = random_case(seed, grid=grid, dtype=dtype, moved=moved)
+    case = random_case(seed, grid=grid, map_grid=map_grid, dtype=dtype, moved=moved)
     got = case.updated(normalise=normalise, check=True)
     expected, off = slow_update(case, normalise)
     assert (np.abs(got.double().numpy() - expected) <= off).all()
@@ -231,6 +249,61 @@ worked_examples = pytest.mark.parametrize(
 @worked_examples
 def test_the_worked_examples(options: dict[str, Any], bank: list[list[float]]) -> None:
     assert worked(MAP, **options).updated(check=True)[0].tolist() == bank
+
+
+small_maps = pytest.mark.parametrize(
+    ("options", "bank"),
+    [
+        # Centres lie at 1/6, 1/2 and 5/6 of a side: in the map's cells 0, 1 and 1.
+        ({}, [[0, 0.25, 0.25], [0.5, 1, 1], [0.5, 1, 1]]),
+        # The centre on the border belongs to the left cell once it is mirrored.
+        ({"flip": torch.tensor([True])}, [[0.25, 0, 0], [1, 0.5, 0.5], [1, 0.5, 0.5]]),
+        # Two of four pixels down: rows at -1/3, 0 and 1/3 of the side.
+        ({"shift": ints([(2, 0)])}, [[0.5] * 3, [0, 0.25, 0.25], [0, 0.25, 0.25]]),
+        # Columns from 0.2 to 0.95: the centres lie outside, at 0.4 and at 0.84 of the crop. The
+        # cell of a view cut in three that holds 0.4 has its own centre on the map's border.
+        (
+            {"box": ints([(0, 13107, 65536, 49152)])},
+            [[0.5, 0, 0.25], [0.5, 0.5, 1], [0.5, 0.5, 1]],
+        ),
+        # The centre of the image is pixel position (2, 2), the first behind the window.
+        ({"patch": ints([(0, 0, 0, 0, 2, 2)])}, [[0.5, 0.25, 0.25], [0.5, 1, 1], [0.5, 1, 1]]),
+    ],
+    ids=["plain", "flip", "shift", "crop", "window"],
+)
+
+
+def small_map(**options: Any) -> Case:
+    """The map of `worked` in a bank of 3 x 3 halves, taken over at once."""
+    case = worked(MAP, **{"rate": 1.0, **options})
+    case.bank = torch.full((1, 3, 3), 0.5)
+    return case
+
+
+@small_maps
+def test_a_stored_cell_takes_the_cell_of_a_smaller_map_that_its_centre_lies_in(
+    options: dict[str, Any], bank: list[list[float]]
+) -> None:
+    assert small_map(**options).updated(check=True)[0].tolist() == bank
+
+
+@pytest.mark.parametrize(
+    ("cells", "map_cells", "taken"),
+    [
+        (7, 5, [0, 1, 1, 2, 3, 3, 4]),  # ResNet: 160 px in the bank of 224 px
+        (7, 6, [0, 1, 2, 3, 3, 4, 5]),  # 192 px
+        (4, 2, [0, 0, 1, 1]),
+        (3, 7, [1, 3, 5]),  # a finer map: the cell in the middle
+    ],
+)
+def test_whole_images_spread_their_maps_evenly(
+    cells: int, map_cells: int, taken: list[int]
+) -> None:
+    case = worked([list(map(float, range(map_cells)))] * map_cells, rate=1.0)
+    case.bank = torch.full((1, cells, cells), 0.5)
+    assert case.updated(normalise="none")[0].tolist() == [taken] * cells
+    case.features = case.features.transpose(2, 3)
+    assert case.updated(normalise="none")[0].T.tolist() == [taken] * cells
 
 
 def test_a_map_is_moved_to_0_and_1() -> None:
@@ -434,7 +507,9 @@ def test_a_gpu_gives_the_same_bank_and_never_waits() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"features": torch.zeros(4, 5, 3, 3)}, ValueError, "features must have shape"),
+        ({"features": torch.zeros(4, 5, 3)}, ValueError, "features must have shape"),
+        ({"features": torch.zeros(4, 5, 17, 3)}, ValueError, "features must have a grid of 1..16"),
+        ({"features": torch.zeros(4, 5, 4, 0)}, ValueError, "features must have a grid of 1..16"),
         ({"features": torch.zeros(4, 5, 4, 3).double()}, TypeError, "features must be float32 or"),
         ({"weight": torch.zeros(3, 6)}, ValueError, r"weight must have shape \[K, 5\]"),
         ({"labels": ints([0] * 4)}, TypeError, "labels must be int64, got int32"),

@@ -22,6 +22,8 @@ from tests.kernels.test_update_cam_bank import (
     ints,
     random_case,
     slow_update,
+    small_map,
+    small_maps,
     worked,
     worked_examples,
 )
@@ -76,6 +78,13 @@ def test_the_worked_examples(device: str, options: dict[str, Any], bank: list[li
     assert kernel(worked(MAP, **options), device)[0].tolist() == bank
 
 
+@small_maps
+def test_a_stored_cell_takes_the_cell_of_a_smaller_map_that_its_centre_lies_in(
+    device: str, options: dict[str, Any], bank: list[list[float]]
+) -> None:
+    assert kernel(small_map(**options), device)[0].tolist() == bank
+
+
 @flat_maps
 def test_a_flat_map_says_one_half_everywhere(device: str, level: float, more: float) -> None:
     case = worked([[level, level + more], [level, level]], rate=1.0)
@@ -94,8 +103,11 @@ def test_a_box_that_ends_at_a_centre_does_not_show_it(
     assert (kernel(case, device).item() == 0.5) is seen
 
 
-def test_a_box_that_leaves_the_image_writes_no_foreign_cell(device: str) -> None:
-    case = random_case(2, grid=(3, 3), moved=False)  # 9 cells in a tile of 16
+@pytest.mark.parametrize("map_grid", [(3, 3), (2, 1), (5, 5)])
+def test_a_box_that_leaves_the_image_writes_no_foreign_cell(
+    device: str, map_grid: tuple[int, int]
+) -> None:
+    case = random_case(2, grid=(3, 3), map_grid=map_grid, moved=False)  # 9 cells in a tile of 16
     case.options["box"] = ints([(-65536, -65536, 2**18, 2**18)] * 4)
     case.bank_row = torch.tensor([5, 0, 1, 2])
     expect_the_definition(case, kernel(case, device))
@@ -112,6 +124,7 @@ def test_a_label_that_is_no_class_reads_no_foreign_memory(device: str) -> None:
 @given(
     seed=st.integers(0, 2**20),
     grid=st.tuples(st.integers(1, 16), st.integers(1, 16)),
+    map_grid=st.none() | st.tuples(st.integers(1, 16), st.integers(1, 16)),
     channels=st.sampled_from([1, 5, 16, 24]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     normalise=st.sampled_from(["image", "none"]),
@@ -121,12 +134,15 @@ def test_every_cell_is_what_the_definition_says(
     device: str,
     seed: int,
     grid: tuple[int, int],
+    map_grid: tuple[int, int] | None,
     channels: int,
     dtype: torch.dtype,
     normalise: str,
     moved: bool,
 ) -> None:
-    case = random_case(seed, grid=grid, channels=channels, dtype=dtype, moved=moved)
+    case = random_case(
+        seed, grid=grid, map_grid=map_grid, channels=channels, dtype=dtype, moved=moved
+    )
     expect_the_definition(case, kernel(case, device, normalise=normalise), normalise)
 
 
@@ -154,10 +170,14 @@ def test_resnet_50_at_224_pixels(device: str, dtype: torch.dtype, channels_last:
     expect_the_definition(case, kernel(case, device))
 
 
+@pytest.mark.parametrize("map_grid", [(16, 16), (15, 16), (16, 15)])
 @pytest.mark.parametrize("corner", range(8))
-def test_the_largest_view_overflows_nothing(device: str, corner: int) -> None:
+def test_the_largest_view_overflows_nothing(
+    device: str, corner: int, map_grid: tuple[int, int]
+) -> None:
     # Every term at its largest: a grid of 16, sides of 1,023 px, shifts and boxes at their ends.
-    case = random_case(2, n=4, grid=(16, 16))
+    grid = (16, 16) if map_grid == (16, 16) else (15, 15)
+    case = random_case(2, n=4, grid=grid, map_grid=map_grid)
     first, far, out = (1 if corner >> bit & 1 else 0 for bit in range(3))
     start, length = (32768, 32769) if first else (0, 65537)
     case.options |= {
