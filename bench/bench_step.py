@@ -113,8 +113,8 @@ def methods(
         grid = model.grid(setting.side)
         return BackMixMethod(
             options=options,
+            host=SoftmaxMethod(run.augment, run.optim.label_smoothing, views),
             augment=run.augment,
-            label_smoothing=run.optim.label_smoothing,
             bank=torch.rand(setting.samples, *grid, device=device).half(),
             truth=None,
             row_of=torch.arange(setting.samples, device=device),

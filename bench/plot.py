@@ -4,7 +4,8 @@
 
 `--out` draws: bars for every kernel, from GPU rows and from CPU rows, and a roofline from GPU rows
 alone. `--write` rewrites the tables of README.md and docs/ that stand between the comments
-`<!-- table: NAME -->` and `<!-- end table -->`. What no row says is *not measured*.
+`<!-- table: NAME -->` and `<!-- end table -->`. What no row says is *not measured*. A table NAME
+for which there is a NAME.table.json among the rows is the page of that grid of runs.
 
 Of each device and stage the newest file counts.
 """
@@ -18,9 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backmix.train.table_page import table_page
+
 Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+"""Beside the rows, NAME.table.json is what `backmix table` left of a grid of runs."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.S)
 NOT_MEASURED = "*not measured*"
@@ -390,6 +395,10 @@ def with_tables(text: str, rows: Sequence[Row]) -> str:
     """
 
     def table(found: re.Match[str]) -> str:
+        stored = RESULTS / f"{found[2]}.table.json"
+        if stored.exists():
+            page = table_page(json.loads(stored.read_text()), level=3)
+            return f"{found[1]}\n{page}\n{found[3]}"
         if found[2] not in TABLES:
             raise ValueError(f"there is no table {found[2]!r}, only {', '.join(TABLES)}")
         return found[1] + TABLES[found[2]](rows) + found[3]

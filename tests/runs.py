@@ -7,7 +7,7 @@ import numpy as np
 
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.writer import Record, Writer, page_size_for
-from backmix.train.options import Augment, BackMix, Optim, Run, Softmax
+from backmix.train.options import Augment, BackMix, Method, Optim, Run
 
 SIDE = 32
 
@@ -45,7 +45,7 @@ def tiny_set(path: Path, count: int = 40, classes: int = 4, seed: int = 0) -> Pa
 
 
 def tiny_run(
-    data: Path, out: Path, method: Softmax | BackMix | None = None, **changes: object
+    data: Path, out: Path, method: Method | None = None, **changes: object
 ) -> Run:
     """A run of 3 epochs of 3 steps on one thread, with dropout and BatchNorm in the network."""
     base = Run(

@@ -2,7 +2,8 @@
 
 import math
 
-from backmix.train.options import BackMix, Run
+from backmix.pipeline.options import refuse_idle
+from backmix.train.options import CONFUSING_SIZES, Arpl, BackMix, Cssr, Run, Ssod, host_of
 
 
 def check(run: Run) -> None:
@@ -12,6 +13,7 @@ def check(run: Run) -> None:
         ValueError: naming the option, its range and what was given. NaN is in no range.
     """
     optim, augment, size = run.optim, run.augment, run.loader.size
+    refuse_idle(run.loader)
     _within("epochs", run.epochs, 1, 1_000_000)
     _within("seed", run.seed, 0, 2**64 - 1)
     _within("threads", run.threads, 0, 1024)
@@ -29,24 +31,61 @@ def check(run: Run) -> None:
     _within("optim.clip", optim.clip, 0)
     for milestone in optim.milestones:
         _within("optim.milestones", milestone, 0)
+    _within("optim.cycles", optim.cycles, 1, 1_000_000)
+    if optim.schedule == "restarts":
+        _check_restarts(run)
     smallest = run.loader.grow_from or size
     if smallest >= 1:  # else the loader says what is wrong
         _within("augment.pad", augment.pad, 0, smallest - 1)
     for mean, std in zip(augment.mean, augment.std, strict=True):
         _within("augment.mean", mean, -1e6, 1e6)
         _within("augment.std", std, 1e-6, 1e6)
+    _within("augment.operations", augment.operations, 1, 16)
+    _within("augment.magnitude", augment.magnitude, 0, 30)
+    if augment.pool != "none" and isinstance(run.method, BackMix):
+        _check_pool(augment.pool, run.method)
     if run.split.protocol and run.split.known:
         raise ValueError(
             f"--split.known names classes, but --split.protocol {run.split.protocol} does so, too: "
             "add --split.protocol None to choose by name"
         )
     if isinstance(run.method, BackMix):
-        if run.loader.grow_from:
-            raise ValueError(
-                "--loader.grow-from: BackMix keeps its activation maps and its patches in one size "
-                "of the views; train it at --loader.size alone, or let softmax grow"
-            )
         _check_backmix(run.method, size)
+    host = host_of(run.method)
+    if isinstance(host, Ssod):
+        _check_ssod(host, run)
+    if isinstance(host, Arpl):
+        _check_arpl(host, run)
+    if isinstance(host, Cssr):
+        _check_cssr(host, run)
+
+
+def _check_restarts(run: Run) -> None:
+    cycle, rise = run.epochs // run.optim.cycles, round(run.optim.warmup * run.epochs)
+    if cycle < 1:
+        raise ValueError(
+            f"--optim.cycles {run.optim.cycles} are more than the epochs ({run.epochs}): "
+            "a cycle of --optim.schedule restarts lasts one epoch at least"
+        )
+    if rise > cycle:
+        raise ValueError(
+            f"--optim.warmup {run.optim.warmup:g} lasts {rise} epochs, longer than one of the "
+            f"{run.optim.cycles} cycles of --optim.schedule restarts ({cycle} epochs)"
+        )
+
+
+def _check_pool(pool: str, method: BackMix) -> None:
+    if method.cam_source == "mix":
+        raise ValueError(
+            f"--method.cam-source mix takes activation maps from views whose pixels --augment.pool "
+            f"{pool} has moved, so that nobody knows which cell is where: use raw or raw+loss"
+        )
+    if isinstance(method.host, Ssod) and method.host.pasted:
+        raise ValueError(
+            f"--method.host.pasted needs to know where the pasted background lies, but "
+            f"--augment.pool {pool} moves pixels after the mix: add --method.host.no-pasted, or "
+            "--augment.pool none"
+        )
 
 
 def _check_backmix(method: BackMix, size: int) -> None:
@@ -62,6 +101,76 @@ def _check_backmix(method: BackMix, size: int) -> None:
     _within("method.warmup", method.warmup, 0)
     if method.mask == "oracle" and method.masks is None:
         raise ValueError("--method.mask oracle needs the folder of true masks: --method.masks DIR")
+
+
+def _check_ssod(ssod: Ssod, run: Run) -> None:
+    mixes = isinstance(run.method, BackMix)
+    name = "method.host" if mixes else "method"
+    _within(f"{name}.weight", ssod.weight, 0, 1e6)
+    _within(f"{name}.gamma", ssod.gamma, 0.5, 1)
+    _within(f"{name}.share", ssod.share, 0, 0.5)
+    _within(f"{name}.gate-known", ssod.gate_known, 0, 1)
+    _within(f"{name}.gate-accuracy", ssod.gate_accuracy, 0, 1)
+    if isinstance(run.method, BackMix) and run.method.cam_source == "raw+loss":
+        raise ValueError(
+            "--method.cam-source raw+loss needs a loss that is a mean over images; that of SSOD is "
+            "a mean over the locations of a batch: use raw or mix"
+        )
+    if ssod.train == "head":
+        if run.init is None:
+            raise ValueError(
+                f"--{name}.train head trains the rejection head of a network that is there "
+                "already: add --init RUN (or FILE.safetensors)"
+            )
+        return
+    smoothing = run.optim.label_smoothing
+    if not ssod.share and smoothing >= 1 - ssod.gamma:
+        raise ValueError(
+            f"--optim.label-smoothing {smoothing:g} keeps the probability of the true class below "
+            f"--{name}.gamma {ssod.gamma:g}, so that hardly any location would be known: "
+            f"smooth by less than {1 - ssod.gamma:g}, lower gamma, or use --{name}.share 0.1"
+        )
+
+
+def _check_arpl(arpl: Arpl, run: Run) -> None:
+    mixes = isinstance(run.method, BackMix)
+    name = "method.host" if mixes else "method"
+    _within(f"{name}.weight", arpl.weight, 0, 1e6)
+    _within(f"{name}.temperature", arpl.temperature, 1e-6, 1e6)
+    _within(f"{name}.beta", arpl.beta, 0, 1e6)
+    if not arpl.confusing:
+        return
+    if run.loader.size not in CONFUSING_SIZES:
+        sizes = " or ".join(map(str, CONFUSING_SIZES))
+        raise ValueError(
+            f"--{name}.confusing generates images of {sizes} pixels, but --loader.size is "
+            f"{run.loader.size}: choose one of those sizes, or leave it out"
+        )
+    if run.loader.grow_from:
+        raise ValueError(
+            f"--{name}.confusing generates images of one size: leave --loader.grow-from out"
+        )
+    if run.epochs % 2:
+        raise ValueError(
+            f"--{name}.confusing trains in pairs of epochs, one with generated images and one "
+            f"without: --epochs must be even, got {run.epochs}"
+        )
+    if isinstance(run.method, BackMix) and run.method.cam_source == "raw+loss":
+        raise ValueError(
+            "--method.cam-source raw+loss needs a loss that is a mean over images; that of ARPL "
+            "with generated images is not: use raw or mix"
+        )
+
+
+def _check_cssr(cssr: Cssr, run: Run) -> None:
+    name = "method.host" if isinstance(run.method, BackMix) else "method"
+    _within(f"{name}.latent", cssr.latent, 1, 4096)
+    _within(f"{name}.gamma", cssr.gamma, 1e-6, 1e6)
+    if run.optim.label_smoothing:
+        raise ValueError(
+            f"--optim.label-smoothing {run.optim.label_smoothing:g}: the loss of CSSR, -log p of "
+            "the true class, knows no smoothing: leave it at 0"
+        )
 
 
 def _within(option: str, value: float, low: float, high: float = math.inf) -> None:

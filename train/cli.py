@@ -6,16 +6,17 @@ a checkpoint written and more to do; 130 interrupted with nothing to continue.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from backmix.pipeline.options import ConvertOptions
-from backmix.train.options import EvaluateOptions, PreviewOptions
-from backmix.train.recipes import RECIPES
+from backmix.train.options import EvaluateOptions, PreviewOptions, Run, TableOptions
+from backmix.train.recipes import METHOD_ROWS, RECIPES
 
 Asked = TypeVar("Asked")
 CONFIG = (tyro.conf.FlagCreatePairsOff,)
@@ -69,6 +70,16 @@ class Evaluate:
     """What to score."""
     quiet: bool = False
     """No progress."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Train and judge a grid of class lists, methods and seeds; lay the figures side by side."""
+
+    recipes: tyro.conf.Positional[str]
+    """Name of the recipes without the method: cifar10, svhn, cifar+10, tiny-imagenet, ..."""
+    grid: tyro.conf.OmitArgPrefixes[TableOptions]
+    """The grid."""
 
 
 @dataclass(frozen=True)
@@ -136,24 +147,56 @@ def _inspect(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    run_type = tyro.extras.subcommand_type_from_defaults(
-        {name: recipe() for name, recipe in RECIPES.items()},
-        {name: _first_line(recipe) for name, recipe in RECIPES.items()},
-        prefix_names=False,
-    )
+    recipe, options = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if recipe in ("", "-h", "--help"):
+        print(_recipes())
+        return DONE if recipe else USAGE
+    if recipe not in RECIPES:
+        what = "the recipe comes first" if recipe.startswith("-") else f"no recipe {recipe!r}"
+        return _usage(f"{what}{_near(recipe, RECIPES)} (backmix train --help lists them)")
     asked = tyro.cli(
-        run_type,
-        prog="backmix train",
-        description="Train a recipe; the same command continues an unfinished run.",
-        args=arguments,
+        Run,
+        prog=f"backmix train {recipe}",
+        description=_first_line(RECIPES[recipe]),
+        default=RECIPES[recipe](),
+        args=options,
         config=(tyro.conf.AvoidSubcommands, *CONFIG),
     )
     if not asked.data:
         return _usage("backmix train needs the training set: --data FILE.beton")
     from backmix.train.run import train
 
-    recipe = next(word for word in arguments if word in RECIPES)
     return train(asked, recipe, ["backmix", "train", *arguments])
+
+
+def _recipes() -> str:
+    """Return the list of recipes: data sets by methods, and those that stand alone."""
+    bases = {n.removesuffix("-softmax"): r for n, r in RECIPES.items() if n.endswith("-softmax")}
+    methods = {name: what for name, what, _ in METHOD_ROWS}
+    alone = {
+        name: recipe
+        for name, recipe in RECIPES.items()
+        if not any(name == f"{base}-{method}" for base in bases for method in methods)
+    }
+    width = max(map(len, [*methods, *alone, *bases])) + 2
+
+    def rows(named: dict[str, str]) -> list[str]:
+        return [f"  {name:{width}}{what}" for name, what in named.items()]
+
+    lines = ["usage: backmix train RECIPE --data FILE.beton --out RUN [options]", ""]
+    lines += ["Train a recipe; the same command continues an unfinished run.", ""]
+    lines += ["A recipe is DATA-METHOD, such as cifar10-backmix. DATA:"]
+    lines += rows({base: _first_line(recipe) for base, recipe in bases.items()})
+    lines += ["", "METHOD:", *rows(methods), "", "Others:"]
+    lines += rows({name: _first_line(recipe) for name, recipe in alone.items()})
+    lines += ["", "backmix train RECIPE --help shows every option with the recipe's value."]
+    return "\n".join(lines)
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    """Return a hint at the known word that is meant, or nothing."""
+    near = get_close_matches(word, words, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _first_line(recipe: Callable[..., object]) -> str:
@@ -176,7 +219,8 @@ def _status(arguments: Sequence[str]) -> int:
 
 def _evaluate(arguments: Sequence[str]) -> int:
     asked = _ask(Evaluate, "evaluate", arguments)
-    from backmix.train.evaluate import evaluate, table
+    from backmix.train.evaluate import evaluate
+    from backmix.train.judge import table
     from backmix.train.log import Progress
 
     print(table(evaluate(asked.run, asked.scoring, say=Progress(asked.quiet).show)))
@@ -192,6 +236,13 @@ def _report(arguments: Sequence[str]) -> int:
     print(write_report(asked.runs, asked.out))
     print(f"wrote {asked.out}")
     return DONE
+
+
+def _table(arguments: Sequence[str]) -> int:
+    asked = _ask(Table, "table", arguments)
+    from backmix.train.table import run_table
+
+    return run_table(asked.recipes, asked.grid, say=lambda line: print(line, flush=True))
 
 
 def _preview(arguments: Sequence[str]) -> int:
@@ -217,6 +268,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a recipe, or continue a run"),
     "status": (_status, "how a run stands, as an exit code for schedulers"),
     "evaluate": (_evaluate, "scores and open-set metrics of a run"),
+    "table": (_table, "a whole grid of methods, class lists and seeds, as one table"),
     "report": (_report, "one page about one or several runs"),
     "demo": (_demo, "the whole road on synthetic images"),
 }
@@ -270,10 +322,7 @@ def run(argv: Sequence[str]) -> int:
         print(__version__)
         return DONE
     if words[0] not in COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(words[0], COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = _near(words[0], COMMANDS)
         return _usage(f"there is no command {words[0]!r}{hint} (backmix --help lists them)")
     try:
         return COMMANDS[words[0]][0](words[1:])

@@ -6,15 +6,10 @@ command goes on after an interruption. Nothing here is needed by any other part.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +19,7 @@ from backmix.pipeline.convert import convert
 from backmix.pipeline.options import ConvertOptions, usable_cores
 from backmix.train.checkpoint import write_atomically
 from backmix.train.demo_data import BACKGROUNDS, SIZES, background_of, write_demo_data
-from backmix.train.log import read_status
+from backmix.train.jobs import Job, Say, finished, run_jobs
 from backmix.train.options import BackMix
 from backmix.train.recipes import demo_backmix
 
@@ -36,19 +31,6 @@ METHODS = {
 """Recipes are `demo-NAME`; the baseline first."""
 GRID = 4
 """Side of the network's last feature map, and of a mask [cells]."""
-_COMMAND = f"""\
-import ctypes, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})  # PR_SET_PDEATHSIG
-from backmix.train.cli import main
-main()
-"""
-"""Program of a command's process: `backmix`, which gets SIGTERM when the demo dies, even if killed.
-
-It asks for that itself: between fork and exec, in a process with threads, Python code is not safe.
-"""
-
-Say = Callable[[str], None]
 
 
 def _print(line: str) -> None:
@@ -72,17 +54,6 @@ class Result:
     """Unknown images given the class that their background went with in training."""
     mask_hit: float | None
     """True foreground that the masks covered at the end of training; None without masks."""
-
-
-@dataclass
-class Job:
-    """Commands to be run one after the other."""
-
-    name: str
-    commands: deque[list[str]]
-    log: Path
-    began: float = 0.0
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
 
 def run_demo(
@@ -149,7 +120,7 @@ def jobs(folder: Path, seed: int) -> list[Job]:
     for method in METHODS:
         run = folder / "runs" / method
         commands = deque()
-        if not _finished(run):
+        if not finished(run):
             train = ["train", f"demo-{method}", "--data", str(folder / "train.beton")]
             train += ["--out", str(run), "--seed", str(seed)]
             if method == "backmix":
@@ -161,80 +132,6 @@ def jobs(folder: Path, seed: int) -> list[Job]:
         if commands:
             left.append(Job(f"seed {seed}, {METHODS[method]}", commands, run.with_suffix(".log")))
     return left
-
-
-def run_jobs(waiting: Sequence[Job], workers: int, say: Say) -> None:
-    """Run jobs side by side, each of its commands in a process of its own.
-
-    No process outlives this one: on Linux they are stopped with it even where it is killed, except
-    in the instant before their program begins.
-
-    Raises:
-        ValueError: a command failed. The others are stopped; they write a checkpoint first, so
-            nothing is lost.
-    """
-    queue, running = deque(waiting), []
-    done = 0
-    # SIGTERM as Ctrl-C: a run left behind would go on, and hold its folder's lock.
-    on_terminate = None
-    if threading.current_thread() is threading.main_thread():
-        on_terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        while queue or running:
-            while queue and len(running) < workers:
-                running.append(_start(queue.popleft()))
-            time.sleep(0.1)
-            for job in [job for job in running if _has_ended(job)]:
-                running.remove(job)
-                done += 1
-                seconds = time.monotonic() - job.began
-                say(f"    {done}/{len(waiting)} {job.name}: done in {seconds:.0f} s")
-    finally:
-        for job in running:
-            if job.process and job.process.poll() is None:
-                job.process.terminate()
-        for job in running:
-            if job.process:
-                job.process.wait()
-        if on_terminate is not None:
-            signal.signal(signal.SIGTERM, on_terminate)
-
-
-def _start(job: Job) -> Job:
-    job.began = job.began or time.monotonic()
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "ab") as log:
-        job.process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, *job.commands[0]],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Threads that wait for each other would spin on a core that another run needs.
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    return job
-
-
-def _has_ended(job: Job) -> bool:
-    """Look after a running job: start its next command; ValueError where one has failed."""
-    assert job.process is not None
-    code = job.process.poll()
-    if code is None:
-        return False
-    if code != 0:
-        said = job.log.read_text(errors="replace").strip().splitlines()
-        raise ValueError(
-            f"{job.name}: `backmix {' '.join(job.commands[0])}` ended with code {code}: "
-            f"{said[-1] if said else 'it said nothing'} (all of it in {job.log})"
-        )
-    job.commands.popleft()
-    if not job.commands:
-        return True
-    _start(job)
-    return False
-
-
-def _finished(run: Path) -> bool:
-    return (run / "status.json").exists() and read_status(run)["state"] == "finished"
 
 
 def read_result(folder: Path, method: str) -> Result:
@@ -315,8 +212,8 @@ def conflict_accuracy(run: Path, conflict: Path) -> float:
 
     from backmix.pipeline.batch import Place
     from backmix.pipeline.loader import open_loader
-    from backmix.train.evaluate import load_model, read_run
     from backmix.train.methods.views import unmixed
+    from backmix.train.trained import load_model, read_run
 
     trained, model = read_run(run), load_model(run)
     right = 0

@@ -59,7 +59,7 @@ def digit_pools() -> tuple[np.ndarray, np.ndarray]:
     return rows[:cut], rows[cut:]
 
 
-def draw_sets(seed: int) -> tuple[dict[str, Scenes], np.ndarray]:
+def draw_sets(seed: int, correlation: float = CORRELATION) -> tuple[dict[str, Scenes], np.ndarray]:
     """Draw the four sets of one seed.
 
     `train` and `test` hold known classes, mostly on their class's background; `unknown` holds the
@@ -76,7 +76,7 @@ def draw_sets(seed: int) -> tuple[dict[str, Scenes], np.ndarray]:
         digits = np.arange(first, last).repeat(count // (last - first))
         backgrounds = rng.integers(len(BACKGROUNDS), size=count)
         if name in ("train", "test"):
-            typical = rng.random(count) < CORRELATION
+            typical = rng.random(count) < correlation
             backgrounds = np.where(typical, own[digits], backgrounds)
         pool = train_pool if name == "train" else test_pool
         sets[name] = compose(rng, digits, backgrounds, pool)
@@ -133,8 +133,10 @@ def compose(
     return Scenes(pixels, foreground, digits, backgrounds, parts)
 
 
-def write_demo_data(folder: Path, seed: int) -> None:
+def write_demo_data(folder: Path, seed: int, correlation: float = CORRELATION) -> None:
     """Write the sets of one seed as class folders of JPEGs, all or nothing.
+
+    `correlation` is the share of known images that take their class's kind of background for sure.
 
     `folder` gets `train`, `test`, `unknown` and `conflict`, each with
     `digitD/NUMBER-BACKGROUND.jpg`, and `masks` with the training images' true foreground under
@@ -147,7 +149,7 @@ def write_demo_data(folder: Path, seed: int) -> None:
         raise FileExistsError(f"{folder} exists already; remove it or name another folder")
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     try:
-        sets, _ = draw_sets(seed)
+        sets, _ = draw_sets(seed, correlation)
         for name, scenes in sets.items():
             _write_images(part / name, scenes)
         _write_masks(part / "masks", sets["train"])

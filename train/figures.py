@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backmix.train.metrics import roc_curve
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -72,7 +74,16 @@ class Histogram:
     unknown: np.ndarray
     """float [m]."""
     threshold: float
-    """Score that 95% of the known images reach."""
+    """Score that 95% of the known images reach, or what else the chart marks with a line."""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Points in a plane whose axes mean nothing by themselves."""
+
+    title: str
+    points: tuple[tuple[str, np.ndarray], ...]
+    """Kind and places, float [m, 2]; the same kind has the same look in all panels of a chart."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +122,58 @@ def line_chart(panels: Sequence[Panel]) -> str:
         return _svg(figure)
 
 
-def histogram_chart(histograms: Sequence[Histogram], x_label: str) -> str:
-    """Return one panel per histogram, known filled and unknown outlined, as SVG text."""
+def histogram_chart(
+    histograms: Sequence[Histogram],
+    x_label: str,
+    names: tuple[str, str, str] = ("known", "unknown", "95% of the known images are to the right"),
+    counted: str = "images",
+) -> str:
+    """Return one panel per histogram, known filled and unknown outlined, as SVG text.
+
+    `names` are those of known, unknown and the line, `counted` is what they are made of.
+    """
     with _style():
         figure, axes = _figure(len(histograms), legend_rows=1)
         for histogram, axis in zip(histograms, axes, strict=True):
             both = np.concatenate([histogram.known, histogram.unknown])
             edges = np.linspace(both.min(), max(both.max(), both.min() + 1e-9), 41)
-            axis.set(title=histogram.title, xlabel=x_label, ylabel="share of images per bin")
+            axis.set(title=histogram.title, xlabel=x_label, ylabel=f"share of {counted} per bin")
             for scores, look in (
                 (histogram.known, {"histtype": "stepfilled", "color": "#0072b2", "alpha": 0.55}),
                 (histogram.unknown, {"histtype": "step", "color": "#d55e00", "linewidth": 2}),
             ):
                 axis.hist(scores, edges, weights=np.full(len(scores), 1 / len(scores)), **look)
             axis.axvline(histogram.threshold, color="#111111", linestyle=":", linewidth=1.5)
-        names = "known", "unknown", "95% of the known images are to the right"
         handles = [*axes[0].patches[-2:], axes[0].lines[-1]]
         figure.legend(handles, names, loc="outside lower center", ncols=3)
+        return _svg(figure)
+
+
+def scatter_chart(panels: Sequence[Scatter]) -> str:
+    """Return one panel per scatter with one legend below them, as SVG text.
+
+    Kinds are told by colour and by shape, the first filled circles.
+    """
+    kinds = list(dict.fromkeys(kind for panel in panels for kind, _ in panel.points))
+    colours, shapes = list(_COLOURS), ("o", "x", "^", "s")
+    with _style():
+        figure, axes = _figure(len(panels), legend_rows=1)
+        looks = {
+            kind: {
+                "linestyle": "none",
+                "marker": shapes[number % len(shapes)],
+                "markersize": 3.5,
+                "color": colours[number % 7],
+                "alpha": 0.7,
+            }
+            for number, kind in enumerate(kinds)
+        }
+        for panel, axis in zip(panels, axes, strict=True):
+            axis.set(title=panel.title, xticks=[], yticks=[])
+            for kind, places in panel.points:
+                axis.plot(places[:, 0], places[:, 1], **looks[kind])
+        handles = [axes[0].plot([], [], **look)[0] for look in looks.values()]
+        figure.legend(handles, kinds, loc="outside lower center", ncols=len(kinds))
         return _svg(figure)
 
 
@@ -145,14 +191,7 @@ def acceptance_curve(
 
     A tie of known and unknown scores is a sloped piece, as half credit in the area has it.
     """
-    scores = np.concatenate([known, unknown])
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
-    last = np.append(ranked[1:] != ranked[:-1], True)  # the end of every run of equal scores
-    is_known = order < len(known)
-    gain = np.concatenate([counted, np.zeros(len(unknown), bool)])[order]
-    x = np.concatenate([[0], np.cumsum(~is_known)[last] / len(unknown)])
-    y = np.concatenate([[0], np.cumsum(gain)[last] / len(known)])
+    _, x, y = roc_curve(known, unknown, counted)
     return np.interp(shares, x, y)
 
 

@@ -119,6 +119,7 @@ def steps(
                 warmup=run.optim.warmup,
                 milestones=run.optim.milestones,
                 factor=run.optim.factor,
+                cycles=run.optim.cycles,
             )
             loss = take_step(state, batch, run, rate, autocast)
             state.step += 1

@@ -51,10 +51,10 @@ def auroc(known: ArrayLike, unknown: ArrayLike) -> float:
     >>> auroc([0.9, 0.8, 0.3], [0.1, 0.3])
     0.9166666666666666
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
     if not _all_given("auroc", known=k, unknown=u):
         return math.nan
-    return int(_doubled_wins(k, u).sum()) / (2 * len(k) * len(u))
+    return int(doubled_wins(k, u).sum()) / (2 * len(k) * len(u))
 
 
 def auroc_ties_lost(known: ArrayLike, unknown: ArrayLike) -> float:
@@ -70,7 +70,7 @@ def auroc_ties_lost(known: ArrayLike, unknown: ArrayLike) -> float:
     >>> auroc_ties_lost([0.9, 0.8, 0.3], [0.1, 0.3])
     0.8333333333333334
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
     if not _all_given("auroc_ties_lost", known=k, unknown=u):
         return math.nan
     return int(np.searchsorted(np.sort(u), k, "left").sum()) / (len(k) * len(u))
@@ -92,11 +92,11 @@ def oscr(known: ArrayLike, correct: ArrayLike, unknown: ArrayLike) -> float:
     >>> oscr([0.9, 0.8, 0.3], [True, False, True], [0.1, 0.3])
     0.5833333333333334
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
-    right = _flags_of("correct", correct, len(k))
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
+    right = as_flags("correct", correct, len(k))
     if not _all_given("oscr", known=k, unknown=u):
         return math.nan
-    return int(_doubled_wins(k, u)[right].sum()) / (2 * len(k) * len(u))
+    return int(doubled_wins(k, u)[right].sum()) / (2 * len(k) * len(u))
 
 
 def acceptance_threshold(known: ArrayLike, share: float = 0.95) -> float:
@@ -112,10 +112,10 @@ def acceptance_threshold(known: ArrayLike, share: float = 0.95) -> float:
     >>> acceptance_threshold([0.1, 0.4, 0.6, 0.9], 0.75)
     0.4
     """
-    k = _scores("known", known)
+    k = as_scores("known", known)
     if not _all_given("acceptance_threshold", known=k):
         return math.nan
-    return float(np.sort(k)[len(k) - _ceil_of(share, len(k))])
+    return float(np.sort(k)[len(k) - ceil_share(share, len(k))])
 
 
 def rejection_threshold(unknown: ArrayLike, share: float = 0.95) -> float:
@@ -131,10 +131,10 @@ def rejection_threshold(unknown: ArrayLike, share: float = 0.95) -> float:
     >>> rejection_threshold([0.1, 0.4, 0.6, 0.9], 0.75)
     0.6
     """
-    u = _scores("unknown", unknown)
+    u = as_scores("unknown", unknown)
     if not _all_given("rejection_threshold", unknown=u):
         return math.nan
-    return float(np.sort(u)[_ceil_of(share, len(u)) - 1])
+    return float(np.sort(u)[ceil_share(share, len(u)) - 1])
 
 
 def fpr95_unknown_accepted(known: ArrayLike, unknown: ArrayLike) -> float:
@@ -151,7 +151,7 @@ def fpr95_unknown_accepted(known: ArrayLike, unknown: ArrayLike) -> float:
     >>> fpr95_unknown_accepted([3, 4, 5], [0, 3, 2, 9])
     0.5
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
     if not _all_given("fpr95_unknown_accepted", known=k, unknown=u):
         return math.nan
     return int(np.count_nonzero(u >= acceptance_threshold(k))) / len(u)
@@ -170,7 +170,7 @@ def fpr95_known_rejected(known: ArrayLike, unknown: ArrayLike) -> float:
     >>> fpr95_known_rejected([3, 4, 5, 2], [0, 3, 2])
     0.5
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
     if not _all_given("fpr95_known_rejected", known=k, unknown=u):
         return math.nan
     return int(np.count_nonzero(k <= rejection_threshold(u))) / len(k)
@@ -190,7 +190,7 @@ def aupr_known(known: ArrayLike, unknown: ArrayLike) -> float:
     >>> aupr_known([0.9, 0.8, 0.3, 0.2], [0.5, 0.1])
     0.8875
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
     if not _all_given("aupr_known", known=k, unknown=u):
         return math.nan
     return _average_precision(k, u)
@@ -208,7 +208,7 @@ def aupr_unknown(known: ArrayLike, unknown: ArrayLike) -> float:
     >>> aupr_unknown([3, 4, 5], [0, 1, 2])
     1.0
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
     if not _all_given("aupr_unknown", known=k, unknown=u):
         return math.nan
     return _average_precision(-u, -k)
@@ -229,7 +229,7 @@ def aupr_trapz(positive: ArrayLike, negative: ArrayLike) -> float:
     >>> aupr_trapz([1, 1, 1, 1], [1, 1])
     0.8333333333333333
     """
-    p, q = _scores("positive", positive), _scores("negative", negative)
+    p, q = as_scores("positive", positive), as_scores("negative", negative)
     if not _all_given("aupr_trapz", positive=p, negative=q):
         return math.nan
     _, accepted, others = _steps(p, q)
@@ -250,7 +250,7 @@ def dtacc(known: ArrayLike, unknown: ArrayLike) -> float:
     >>> dtacc([0.9, 0.8, 0.3, 0.2], [0.5, 0.1])
     0.75
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
     if not _all_given("dtacc", known=k, unknown=u):
         return math.nan
     _, accepted, others = _steps(k, u)
@@ -278,24 +278,29 @@ def ccr_at_fpr(
     >>> ccr_at_fpr([0.9, 0.8, 0.3], [True, False, True], [0.1, 0.5, 0.7, 0.85], 0.5)
     (0.3333333333333333, 0.25)
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
-    right = _flags_of("correct", correct, len(k))
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
+    right = as_flags("correct", correct, len(k))
     if not _all_given("ccr_at_fpr", known=k, unknown=u):
         return math.nan, math.nan
-    threshold = np.sort(u)[len(u) - _ceil_of(fpr, len(u))]
+    threshold = np.sort(u)[len(u) - ceil_share(fpr, len(u))]
     accepted = int(np.count_nonzero(k[right] > threshold))
     return accepted / len(k), int(np.count_nonzero(u > threshold)) / len(u)
 
 
-def roc_curve(known: ArrayLike, unknown: ArrayLike) -> tuple[Floats, Floats, Floats]:
+def roc_curve(
+    known: ArrayLike, unknown: ArrayLike, counted: ArrayLike | None = None
+) -> tuple[Floats, Floats, Floats]:
     """Return (threshold, share of unknown accepted, share of known accepted) for plotting.
 
     One point per distinct score from above, images at or above the threshold being accepted;
-    before them the point (inf, 0, 0). Straight lines between the points enclose `auroc`.
+    before them the point (inf, 0, 0). Straight lines between the points enclose `auroc`; a tie of
+    known and unknown scores is a sloped piece, as its half credit has it.
 
     Args:
         known: scores of known images, [n], n > 0.
         unknown: scores of unknown images, [m], m > 0.
+        counted: which known images count when accepted, bool [n]; None = all. With those of the
+            right class the curve encloses `oscr` instead, and ends at the accuracy.
 
     Raises:
         ValueError: where a side is empty; there is no curve then.
@@ -304,12 +309,15 @@ def roc_curve(known: ArrayLike, unknown: ArrayLike) -> tuple[Floats, Floats, Flo
     >>> unknown_accepted.tolist(), known_accepted.tolist()
     ([0.0, 0.0, 1.0], [0.0, 0.5, 1.0])
     """
-    k, u = _scores("known", known), _scores("unknown", unknown)
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
     if not len(k) or not len(u):
         raise ValueError(
             f"a ROC curve needs scores on both sides, got {len(k)} known, {len(u)} unknown"
         )
     values, accepted, others = _steps(k, u)
+    if counted is not None:
+        right = k[as_flags("counted", counted, len(k))]
+        accepted = len(right) - np.searchsorted(np.sort(right), values, "left")
     return (
         np.concatenate([[np.inf], values]),
         np.concatenate([[0.0], others / len(u)]),
@@ -317,7 +325,122 @@ def roc_curve(known: ArrayLike, unknown: ArrayLike) -> tuple[Floats, Floats, Flo
     )
 
 
-def _doubled_wins(known: Floats, unknown: Floats) -> Ints:
+def risk_curve(scores: ArrayLike, wrong: ArrayLike) -> tuple[Floats, Floats, Floats]:
+    """Return (threshold, coverage, risk) of accepting the images whose score reaches a threshold.
+
+    One point per distinct score from above. Coverage is the share of all images that is accepted,
+    risk the share of the accepted that is wrong (El-Yaniv and Wiener, 2010). What counts as wrong
+    is the caller's choice; `aurc` names the two that are common.
+
+    Args:
+        scores: of all images, larger = accepted earlier, [n], n > 0.
+        wrong: whether accepting each of them is an error, bool [n].
+
+    >>> threshold, coverage, risk = risk_curve([3, 2, 2, 1], [False, True, False, True])
+    >>> coverage.tolist(), [round(r, 4) for r in risk.tolist()]
+    ([0.25, 0.75, 1.0], [0.0, 0.3333, 0.5])
+    """
+    s = as_scores("", scores)
+    error = as_flags("wrong", wrong, len(s))
+    if not len(s):
+        raise ValueError("a risk-coverage curve needs scores, got none")
+    values, errors, fine = _steps(s[error], s[~error])
+    accepted = errors + fine
+    return values, accepted / len(s), errors / accepted
+
+
+def aurc(known: ArrayLike, correct: ArrayLike, unknown: ArrayLike = ()) -> float:
+    """Return the area under the risk-coverage curve, the mean risk over all coverages.
+
+    Less is better. (1 / N) * sum_{i = 1..N} (errors among the i images of the largest scores) / i
+    (Geifman et al., Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, 2019). Two
+    readings, by what is given:
+
+    - known images alone, N = n: an error is a wrong class. How well the score finds the
+      classifier's own mistakes.
+    - known and unknown images, N = n + m: every accepted unknown image is an error, too (Xia and
+      Bouganis, Augmenting Softmax Information for Selective Classification with
+      Out-of-Distribution Data, 2022). It depends on the share of unknown images m / N, so it
+      compares scores on one pair of sets and nothing else.
+
+    Within a run of equal scores the errors are spread evenly, the mean over all orders of the run:
+    a constant score gets the share of errors.
+
+    Args:
+        known: scores of known images, [n].
+        correct: whether each of them got its right class, bool [n].
+        unknown: scores of unknown images, [m]; empty = the first reading.
+
+    >>> aurc([3, 2, 1], [True, False, True]) == (0 / 1 + 1 / 2 + 1 / 3) / 3
+    True
+    """
+    k, u = as_scores("known", known), as_scores("unknown", unknown)
+    right = as_flags("correct", correct, len(k))
+    if not _all_given("aurc", known=k):
+        return math.nan
+    _, errors, fine = _steps(np.concatenate([k[~right], u]), k[right])
+    size = np.diff(errors + fine, prepend=0)
+    gained = np.diff(errors, prepend=0)
+    # At the j-th of a run of equal scores: the errors before it and j / size of its own.
+    place = np.arange(1, len(k) + len(u) + 1)
+    before = np.repeat(errors - gained, size)
+    within = place - np.repeat(errors + fine - size, size)
+    # One division of integers each: (before + within * gained / size) / place.
+    runs = np.repeat(size, size)
+    count = before * runs + within * np.repeat(gained, size)
+    return math.fsum(count / (runs * place)) / len(place)
+
+
+def macro_f1(labels: ArrayLike, predicted: ArrayLike) -> float:
+    """Return the mean over the classes of F1 = 2 TP / (2 TP + FP + FN).
+
+    With K known classes, "unknown" is one class more: a rejected image is predicted as K, and
+    unknown images have the label K (`with_rejection` makes both). The mean is over the classes that
+    have an image or a prediction, K + 1 where all are there.
+
+    Args:
+        labels: class of every image, integers >= 0, [n].
+        predicted: class given to each, [n].
+
+    >>> macro_f1([0, 0, 1, 2], [0, 2, 2, 2])  # F1 of 2/3, 0 and 1/2
+    0.38888888888888884
+    """
+    y, guess = (
+        _classes(name, array) for name, array in (("labels", labels), ("predicted", predicted))
+    )
+    if len(y) != len(guess):
+        raise ValueError(f"{len(y)} labels but {len(guess)} predictions")
+    if not _all_given("macro_f1", labels=y):
+        return math.nan
+    classes = int(max(y.max(), guess.max())) + 1
+    hits = np.bincount(y[y == guess], minlength=classes)
+    total = np.bincount(y, minlength=classes) + np.bincount(guess, minlength=classes)
+    there = total > 0
+    return math.fsum(2 * hits[there] / total[there]) / int(there.sum())
+
+
+def with_rejection(
+    predicted: ArrayLike, scores: ArrayLike, threshold: float, classes: int
+) -> NDArray[np.int64]:
+    """Return the predictions of an open-set classifier: `classes` where an image is rejected.
+
+    Args:
+        predicted: class of the largest logit, 0 .. classes - 1, [n].
+        scores: larger = more known, [n].
+        threshold: an image is accepted where its score is at least this. It must come from
+            held-out known images (`acceptance_threshold` of their scores), never from the test set.
+        classes: number K of known classes; the class "unknown" is number K.
+
+    Returns int64 [n].
+
+    >>> with_rejection([0, 1, 1], [0.9, 0.2, 0.5], 0.5, 2).tolist()
+    [0, 2, 1]
+    """
+    s = as_scores("", scores)
+    return np.where(s >= threshold, _classes("predicted", predicted), classes)
+
+
+def doubled_wins(known: Floats, unknown: Floats) -> Ints:
     """Return 2 * sum_j H(k_i, u_j) of every known image, int64 [n]."""
     ranked = np.sort(unknown)
     # below + (below or tied) counts a win as 2 and a tie as 1.
@@ -339,7 +462,7 @@ def _average_precision(positive: Floats, negative: Floats) -> float:
     return math.fsum(gained * accepted / (accepted + others)) / len(positive)
 
 
-def _ceil_of(share: float, count: int) -> int:
+def ceil_share(share: float, count: int) -> int:
     """Return ceil(share * count) of the number as it was written: 0.07 of 100 is 7, not 8."""
     exact = Fraction(str(share)) if math.isfinite(share) else Fraction(0)
     if not 0 < exact <= 1:
@@ -347,14 +470,27 @@ def _ceil_of(share: float, count: int) -> int:
     return math.ceil(exact * count)
 
 
-def _scores(name: str, values: ArrayLike) -> Floats:
+def as_scores(name: str, values: ArrayLike) -> Floats:
+    """Return scores as float64 [n]; ValueError where they are no such array or hold NaN."""
     array = np.asarray(values, np.float64)
+    what = f"{name} scores".strip()
     if array.ndim != 1:
-        raise ValueError(f"the {name} scores must be one array [n], got shape {array.shape}")
+        raise ValueError(f"the {what} must be one array [n], got shape {array.shape}")
     missing = int(np.count_nonzero(np.isnan(array)))
     if missing:
-        raise ValueError(f"{missing} of {len(array)} {name} scores are NaN: they cannot be ranked")
+        raise ValueError(f"{missing} of {len(array)} {what} are NaN: they cannot be ranked")
     return array
+
+
+def _classes(name: str, values: ArrayLike) -> Ints:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} must be one array [n] of class numbers, got {array.dtype} {array.shape}"
+        )
+    if array.size and array.min() < 0:
+        raise ValueError(f"{name} must be class numbers from 0 on, got {array.min()}")
+    return array.astype(np.int64)
 
 
 def _flags(name: str, values: ArrayLike) -> NDArray[np.bool_]:
@@ -366,7 +502,8 @@ def _flags(name: str, values: ArrayLike) -> NDArray[np.bool_]:
     return array.astype(np.bool_)
 
 
-def _flags_of(name: str, values: ArrayLike, count: int) -> NDArray[np.bool_]:
+def as_flags(name: str, values: ArrayLike, count: int) -> NDArray[np.bool_]:
+    """Return flags as bool [count]; ValueError where they are no such array."""
     array = _flags(name, values)
     if len(array) != count:
         raise ValueError(f"{count} known scores but {len(array)} entries of {name}")

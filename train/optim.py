@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Schedule = Literal["milestones", "linear", "cosine", "cyclic"]
+Schedule = Literal["milestones", "linear", "cosine", "restarts", "cyclic"]
 
 
 def make_optimizer(
@@ -79,26 +79,35 @@ def learning_rate(
     warmup: float = 0.0,
     milestones: Sequence[float] = (),
     factor: float = 0.1,
+    cycles: int = 1,
 ) -> float:
     """Return the learning rate of a step by the schedule's name.
 
     Args:
-        schedule: milestones, linear, cosine or cyclic: the functions below.
+        schedule: milestones, linear, cosine, restarts or cyclic: the functions below.
         step: number of the step, 0 <= step < steps.
         peak: the highest learning rate.
         steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps of one epoch.
-        warmup: share of the run spent rising (linear, cosine).
+        warmup: share of the run spent rising (all but cyclic).
         milestones: epochs after which the rate drops (milestones).
         factor: what it is multiplied by then (milestones).
+        cycles: how often the rate starts from its peak (restarts).
     """
     match schedule:
         case "milestones":
+            rising, progress = _phase(step, steps, warmup)
+            if rising:
+                return peak * progress
             return stepped(step, steps_per_epoch, peak, milestones, factor)
         case "linear":
             return linear(step, steps, peak, warmup)
         case "cosine":
             return cosine(step, steps, peak, warmup)
+        case "restarts":
+            epochs = steps // steps_per_epoch
+            rise = round(warmup * epochs)
+            return restarts(step // steps_per_epoch, peak, epochs // cycles, rise)
         case "cyclic":
             return cyclic(step, steps, steps_per_epoch, peak)
 
@@ -132,6 +141,33 @@ def cosine(step: int, steps: int, peak: float, warmup: float = 0.0) -> float:
     """Rise linearly to the peak over the share `warmup` of the steps, then fall like a cosine."""
     rising, progress = _phase(step, steps, warmup)
     return peak * (progress if rising else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def restarts(epoch: int, peak: float, cycle: int, rise: int) -> float:
+    """Fall from the peak to a thousandth of it like a cosine, again and again.
+
+    As Vaze et al. ("Open-Set Recognition: A Good Closed-Set Classifier Is All You Need", ICLR 2022)
+    run it, who set the rate after every epoch to that epoch's own: each epoch is one late. With a
+    warm-up the first epoch runs at a thousandth of the peak, and the rate rises linearly to the
+    cosine's value at epoch `rise`.
+
+    Args:
+        epoch: number of the epoch, from 0.
+        peak: the highest learning rate.
+        cycle: epochs from peak to peak, at least 1.
+        rise: epochs of the warm-up, at most `cycle`.
+
+    >>> [round(restarts(epoch, 1.0, 4, 2), 4) for epoch in range(10)]
+    [0.001, 0.2507, 0.5005, 0.5005, 0.1473, 1.0, 0.8537, 0.5005, 0.1473, 1.0]
+    """
+    floor = 1e-3 * peak
+
+    def falling(epoch: int) -> float:
+        return floor + (peak - floor) * (1 + math.cos(math.pi * epoch / cycle)) / 2
+
+    if rise and epoch <= rise:
+        return floor + (falling(rise) - floor) * epoch / rise
+    return falling(max(epoch - 1, 0) % cycle)
 
 
 def cyclic(step: int, steps: int, steps_per_epoch: int, peak: float) -> float:

@@ -16,7 +16,7 @@ class Split:
 
     protocol: Literal["cifar10", "svhn", "cifar+10", "cifar+50", "tiny-imagenet"] | None = None
     """A published protocol; without one the known classes are those of --split.known."""
-    family: Literal["A", "B-cac", "B-dias", "C", "F"] = "A"
+    family: Literal["A", "B-cac", "B-dias", "C", "F", "OpenOOD"] = "A"
     """Family of published class lists; figures of different families must not be compared."""
     list: int = 0
     """Number of the list within its family, 0..4."""
@@ -26,14 +26,24 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What happens to every training view, after mixing: flip, shift, normalise."""
+    """What happens to every training view, after mixing: strong pool, flip, shift, normalise."""
 
     flip: bool = True
-    """Mirror a view with probability 1/2."""
+    """Whether views are mirrored, each with probability 1/2."""
     pad: int = 0
     """Shift a view by -pad..pad in both directions: the pad-and-crop augmentation [pixels]."""
     border: Literal["black", "mean", "reflect"] = "black"
     """What a shift brings in from outside the image."""
+    pool: Literal["none", "randaugment", "cssr"] = "none"
+    """Strong operations on every view. randaugment: before flip and shift. cssr: after them, two of
+    ten, each with probability 1/2, then Cutout of half the side; the normalised view is multiplied
+    by 0.1 .. 2."""
+    operations: int = 1
+    """randaugment: operations one after another (its N)."""
+    magnitude: int = 9
+    """randaugment: their strength, 0..30 (its M)."""
+    moves: bool = True
+    """randaugment: whether rotations and translations are among the operations; not for digits."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Subtracted from the pixels of each channel [0..255]."""
     std: tuple[float, float, float] = (255.0, 255.0, 255.0)
@@ -51,20 +61,22 @@ class Optim:
     momentum: float = 0.9
     """Momentum (sgd)."""
     nesterov: bool = False
-    """Nesterov momentum (sgd)."""
+    """Whether the momentum is Nesterov's (sgd)."""
     weight_decay: float = 1e-4
     """Weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
     """matrices: no decay of biases and normalisation. all: decay everything, as ARPL does."""
-    schedule: Literal["milestones", "linear", "cosine", "cyclic"] = "milestones"
-    """milestones: falls by --optim.factor at each. linear, cosine: warm-up, then down to 0.
-    cyclic: as ffcv's ImageNet recipes, with the peak at epoch 2."""
+    schedule: Literal["milestones", "linear", "cosine", "restarts", "cyclic"] = "milestones"
+    """milestones: falls by --optim.factor at each. linear, cosine: down to 0. restarts: cosine
+    cycles down to a thousandth. cyclic: as ffcv's ImageNet recipes, with the peak at epoch 2."""
     milestones: tuple[float, ...] = ()
     """milestones: epochs after which the rate falls."""
     factor: float = 0.1
     """milestones: what the rate is multiplied by."""
+    cycles: int = 3
+    """restarts: how often the rate starts anew from its peak, the first time included."""
     warmup: float = 0.0
-    """linear, cosine: share of the run spent rising."""
+    """All but cyclic: share of the run spent rising."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
     clip: float = 0.0
@@ -77,11 +89,75 @@ class Softmax:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ssod:
+    """SSOD (Pei, 2023): a second head learns to reject from sure and hopeless locations."""
+
+    train: Literal["joint", "head"] = "joint"
+    """joint: network and rejection head together, from scratch or from --init. head: the rejection
+    head alone, on the network of --init, whose logits keep their bits."""
+    weight: float = 1.0
+    """Weight of the rejection head's loss."""
+    gamma: float = 0.95
+    """A location is known where its true class has at least this probability, unknown where it has
+    at most 1 - gamma, ignored in between; 0.5 .. 1."""
+    share: float = 0.0
+    """Above 0: instead of gamma, this share of the batch's locations with most and with least
+    probability of the true class; up to 0.5. 0.1 needs no gamma, whatever the number of classes."""
+    require_correct: bool = False
+    """Images that are classified wrongly give no unknown locations."""
+    gate_known: float = 0.01
+    """joint: the rejection head's loss waits until this share of the locations is known, where it
+    is gamma that says so ..."""
+    gate_accuracy: float = 0.5
+    """joint: ... and this share of the images is classified right, both as running means; then it
+    rises to its weight within an epoch, and stays."""
+    pasted: bool = True
+    """As a host of BackMix: whether pasted background is unknown, with the share of the cell that
+    it covers; then only the coolest quarter of the image's own map can be unknown besides, and only
+    the hottest, where nothing is pasted, known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arpl:
+    """ARPL (Chen et al., TPAMI 2021): a point of "otherness" per class that features flee from."""
+
+    weight: float = 0.1
+    """Weight of the open-space term, which keeps features within the learned radius."""
+    temperature: float = 1.0
+    """Logits are divided by this in the loss."""
+    confusing: bool = False
+    """ARPL+CS: a GAN makes confusing samples of 32 or 64 pixels. Epochs 0, 2, 4, ... train with
+    them, epochs 1, 3, 5, ... without: one epoch of the paper is two of --epochs."""
+    beta: float = 0.1
+    """ARPL+CS: weight of the certainty that generated images meet, in network and generator."""
+
+
+CONFUSING_SIZES = (32, 64)
+"""Sides that images can be generated with [pixels]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cssr:
+    """CSSR (Huang et al., TPAMI 2022): a point-wise auto-encoder per class."""
+
+    kind: Literal["prototype", "reciprocal"] = "prototype"
+    """prototype (PCSSR): the class whose auto-encoder errs least. reciprocal (RCSSR): most."""
+    latent: int = 64
+    """Latent dimensions of an auto-encoder; on a GPU at most 64 are fast."""
+    gamma: float = 0.1
+    """Logit of a location per unit of reconstruction error, which grows with the channels; where
+    that would pass 100 it is clipped, and nothing is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackMix:
     """BackMix (Wang et al., TPAMI 2025): paste patches of other images' backgrounds."""
 
+    host: Softmax | Ssod | Arpl | Cssr = field(default_factory=Softmax)
+    """What is trained on the mixes."""
     patch: int = 8
-    """Side of the square patch [pixels of the view]."""
+    """Side of the square patch in views of --loader.size [pixels]; while views grow it keeps its
+    share of their side."""
     probability: float = 1.0
     """Share of the images that receive a patch."""
     position: Literal["inside", "clipped"] = "inside"
@@ -164,8 +240,25 @@ class Run:
     """Flip, shift, normalise."""
     optim: Optim = field(default_factory=Optim)
     """Optimizer."""
-    method: Softmax | BackMix = field(default_factory=Softmax)
+    method: Softmax | Ssod | Arpl | Cssr | BackMix = field(default_factory=Softmax)
     """Training method."""
+    init: Path | None = None
+    """Begin with these weights: a finished run folder, or a .safetensors file with the names of
+    --model."""
+
+
+Host = Softmax | Ssod | Arpl | Cssr
+"""Methods that can be trained on plain views or, as hosts of BackMix, on mixes."""
+
+
+Method = Host | BackMix
+METHODS = (Softmax, Ssod, Arpl, Cssr, BackMix)
+"""Every method; its options' type names it in config.json."""
+
+
+def host_of(method: Method) -> Host:
+    """Return what a method does to the network: itself, or BackMix's host."""
+    return method.host if isinstance(method, BackMix) else method
 
 
 MAY_CHANGE = frozenset(
@@ -180,6 +273,9 @@ MAY_CHANGE = frozenset(
         "loader.decoder",
         "loader.threads",
         "loader.prefetch",
+        "loader.device_memory_padding",
+        "loader.host_memory_padding",
+        "loader.preallocate_hint",
         "loader.on_bad",
         "loader.max_bad",
         "loader.verify",
@@ -205,6 +301,22 @@ class EvaluateOptions:
     unknown: tuple[str, ...] = ()
     """NAME=PATH ...: further unknown sets, each every image of a .beton file, or of a folder and
     all its subfolders."""
+    openood: Path | None = None
+    """Instead of --test: the folder of OpenOOD v1.5's data, with benchmark_imglist, images_classic
+    and images_largescale. Its lists name the known test set, near and far unknown sets and known
+    images under covariate shift."""
+    benchmark: Literal["cifar10", "cifar100", "imagenet200", "imagenet"] | None = None
+    """--openood: its benchmark; without one, that of the run's number of classes."""
+    bench: tuple[Literal["ssod-cifar10", "ssod-imagenet"], Path] | None = None
+    """NAME DIR: the unknown sets of SSOD's bench for CIFAR-10 or ImageNet, folders or .beton files
+    in DIR that have their names."""
+    fit: bool = False
+    """Fit the scores that need it (nearest neighbours, Mahalanobis, ViM, ...) to the run's own
+    training images, and the temperature to those that --val held out: a pass over them first."""
+    train: tuple[Path, ...] = ()
+    """--fit: the training set, where it no longer lies where the run read it."""
+    odin: bool = False
+    """Compute ODIN, too, which takes a backward pass and a second forward pass of every image."""
     batch: int = 256
     """Images per forward pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -213,6 +325,46 @@ class EvaluateOptions:
     """auto: the GPU where there is one."""
     threads: int = 0
     """Decoding threads; 0 = one per core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """The grid of a table, and what its cells are trained and judged on."""
+
+    out: Path
+    """Folder of the table; the same command continues it."""
+    data: tuple[Path, ...] = ()
+    """The training set: one .beton file, all shards of one, or a manifest."""
+    test: tuple[Path, ...] = ()
+    """The test set, with known and unknown classes."""
+    unknown_data: tuple[Path, ...] = ()
+    """cifar+10 and cifar+50: the CIFAR-100 test set."""
+    unknown: tuple[str, ...] = ()
+    """NAME=PATH ...: further unknown sets, as for `backmix evaluate`."""
+    methods: str = "softmax,cutout,backmix,ssod,arpl"
+    """Rows, with commas between them: methods of the recipes, each with training options of its own
+    where wanted, such as "backmix --method.patch 16"."""
+    family: Literal["A", "B-cac", "B-dias", "C", "F", "OpenOOD"] = "A"
+    """Family of published class lists."""
+    lists: tuple[int, ...] = ()
+    """Numbers of the class lists; empty = all of the family."""
+    seeds: int = 1
+    """Seeds of every row and list."""
+    first_seed: int = 0
+    """The first of them."""
+    budget: Literal["full", "small"] = "full"
+    """full: the recipes as they are. small: for two CPU cores: a quarter-width classifier32 and 12
+    epochs for every method, which shows tendencies and no published figure."""
+    epochs: int = 0
+    """Epochs of every cell; 0 = as the budget says. (ARPL+CS: twice as many passes.)"""
+    options: str = ""
+    """Further training options of all cells, in one string."""
+    fit: bool = False
+    """Judge by the scores that are fitted on training images, too."""
+    workers: int = 0
+    """Cells trained side by side; 0 = one per core."""
+    quiet: bool = False
+    """No progress."""
 
 
 @dataclass(frozen=True, kw_only=True)

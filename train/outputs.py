@@ -1,21 +1,30 @@
 """What a network said of every image of one set, as a file: any score or metric from one pass.
 
-RUN/scores/NAME.safetensors: the tensors logits, features, labels and index of `Outputs`, and as
-metadata `backmix` a JSON document with the rest.
+RUN/scores/NAME.safetensors: the tensors logits, features, labels and index of `Outputs`, extra.NAME
+and score.NAME for its extras and scores, and as metadata `backmix` a JSON document with the rest.
+Neither writing nor reading takes memory for a whole set: a pass appends to a `Spool`, `store`
+copies it chunk by chunk, and `load_outputs` maps the file.
 """
 
 import json
-from dataclasses import dataclass
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal, Self
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from backmix.train.checkpoint import write_atomically
+from backmix.train.checkpoint import sync_folder
 
 TENSORS = ("logits", "features", "labels", "index")
+EXTRA, SCORE = "extra.", "score."
+"""Prefixes of extras and scores in the file."""
+_DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -37,18 +46,75 @@ class Outputs:
     """Identifies the files."""
     bad: tuple[str, ...] = ()
     """Images that could not be read and were left out."""
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """float32 or float64 [n] or [n, d]: what scores need beyond logits and features, by name."""
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """float64 [n] by the score's name, larger = more known; empty where none were computed."""
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in TENSORS}
+        lengths = {name: len(array) for name, array in self.arrays().items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the outputs of {self.name} have unequal lengths: {lengths}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return every array by its name in the file."""
+        return (
+            {name: getattr(self, name) for name in TENSORS}
+            | {EXTRA + name: array for name, array in self.extras.items()}
+            | {SCORE + name: array for name, array in self.scores.items()}
+        )
+
+
+class Spool:
+    """Arrays that grow row by row on disk, in files without a name, which vanish with the arrays.
+
+    The first rows added fix the arrays' names, dtypes and columns. `with` closes the files; arrays
+    that were taken before stay valid.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Begin without rows; the files lie on the disk of `folder`."""
+        self.folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        self._columns: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self.rows = 0
+
+    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Append rows, [m, ...] each, with one m."""
+        for name, array in arrays.items():
+            if self.rows == 0:
+                self._files[name] = tempfile.TemporaryFile(dir=self.folder)
+                self._columns[name] = (array.dtype, array.shape[1:])
+            assert self._columns[name] == (array.dtype, array.shape[1:])
+            self._files[name].write(np.ascontiguousarray(array).data)
+        self.rows += len(next(iter(arrays.values())))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all rows as maps of the files."""
+        found = {}
+        for name, file in self._files.items():
+            file.flush()
+            dtype, columns = self._columns[name]
+            found[name] = _mapped(file, dtype, (self.rows, *columns), 0)
+        return found
+
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._files.values():
+            file.close()
+
 
 def store(path: Path, outputs: Outputs) -> None:
-    """Write the outputs of one set, whole or not at all."""
+    """Write the outputs of one set, whole or not at all.
+
+    Raises OSError naming the file, the bytes needed and the bytes free, and leaves nothing behind.
+    """
     document = {
         "name": outputs.name,
         "kind": outputs.kind,
@@ -56,25 +122,94 @@ def store(path: Path, outputs: Outputs) -> None:
         "digest": outputs.digest,
         "bad": list(outputs.bad),
     }
-    tensors = {name: getattr(outputs, name) for name in TENSORS}
-    plain = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    note = {"backmix": json.dumps(document, sort_keys=True)}
-    write_atomically(path, safetensors.numpy.save(plain, note))
+    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+    # Widest first: then every tensor lies at a multiple of its entries' size.
+    arrays = sorted(outputs.arrays().items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, object] = {"__metadata__": {"backmix": json.dumps(document, sort_keys=True)}}
+    end = 0
+    for name, array in arrays:
+        start, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": kinds[array.dtype.newbyteorder("<")],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, array in arrays:
+                step = max(1, _CHUNK * len(array) // max(array.nbytes, 1))
+                for row in range(0, len(array), step):
+                    file.write(np.ascontiguousarray(array[row : row + step]).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno,
+            f"cannot write {path}: {error.strerror} ({end:,} bytes needed, {free:,} free)",
+        ) from error
+    sync_folder(path.parent)
 
 
 def load_outputs(path: Path) -> Outputs:
-    """Read the outputs of one set as `store` wrote them; ValueError where they are damaged."""
+    """Read the outputs of one set as `store` wrote them; ValueError where they are damaged.
+
+    The arrays are maps of the file; what is written into them stays in memory.
+    """
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
+        with safetensors.safe_open(path, framework="numpy") as file:  # checks sizes and offsets
             document = json.loads((file.metadata() or {})["backmix"])
-            arrays = {name: file.get_tensor(name) for name in TENSORS}
-        return Outputs(
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            arrays = {
+                name: _mapped(
+                    file,
+                    _DTYPES[tensor["dtype"]],
+                    tuple(tensor["shape"]),
+                    8 + length + tensor["data_offsets"][0],
+                )
+                for name, tensor in header.items()
+                if name != "__metadata__"
+            }
+        return outputs_of(
+            arrays,
             name=document["name"],
             kind=document["kind"],
             files=tuple(document["files"]),
             digest=document["digest"],
             bad=tuple(document["bad"]),
-            **arrays,
         )
     except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or holds no outputs of backmix: {error}") from error
+
+
+def outputs_of(arrays: Mapping[str, np.ndarray], **facts: Any) -> Outputs:
+    """Return the outputs with these arrays, by their names in the file, and these other fields."""
+    return Outputs(
+        **{name: arrays[name] for name in TENSORS},
+        extras=_under(EXTRA, arrays),
+        scores=_under(SCORE, arrays),
+        **facts,
+    )
+
+
+def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def _mapped(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
+    """Return part of an open file, to be changed in memory only; the file may go afterwards."""
+    if 0 in shape:  # nothing can be mapped
+        return np.empty(shape, dtype)
+    return np.asarray(np.memmap(file, dtype, mode="c", offset=start, shape=shape))

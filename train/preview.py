@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from backmix.kernels.mix_background import box_fractions, mask_views
+from backmix.kernels.mix_background import box_fractions, mask_views, view_heat
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.loader import LARGEST_VIEW, open_loader
@@ -23,10 +23,11 @@ from backmix.train.check import check
 from backmix.train.checkpoint import load_tensors, write_atomically
 from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.build import build as build_method
-from backmix.train.models.build import build as build_model
-from backmix.train.options import Augment, BackMix, Optim, PreviewOptions, Run, Split
+from backmix.train.methods.build import build_network
+from backmix.train.methods.softmax import SoftmaxMethod
+from backmix.train.options import Augment, BackMix, PreviewOptions
 from backmix.train.run import training_subset
-from backmix.train.run_folder import read_config
+from backmix.train.run_folder import read_config, run_of
 
 Data = Path | Sequence[Path]
 """One .beton file, or the shards of one."""
@@ -35,9 +36,15 @@ _SMALLEST_TILE = 160
 """Shortest side of a tile [pixels]; smaller views are enlarged by a whole number, unsmoothed."""
 _ACROSS = 2
 """Examples side by side."""
-_HEADS = "target", "donor, its mask hatched", "mix"
+_HEADS: tuple[str, ...] = "target", "donor, its mask hatched", "mix"
+_HEAT_HEAD = "the donor's map"
 _INK, _PAPER, _GREY = (17, 17, 17), (255, 255, 255), (90, 90, 90)
 _BLUE, _YELLOW = (0, 114, 178), (240, 228, 66)
+_RAMP = (0, 34, 78), (124, 123, 120), (254, 232, 56)
+"""Colours of the least, the middle and the greatest value: the ends and the middle of cividis
+(Nunez, Anderton, Renslow, PLoS ONE 2018), which all eyes see as dark to light."""
+_FEWEST_PIXELS = 30
+"""Cells of at least this side have their value written on them [pixels]."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,23 @@ class Examples:
     donor_names: tuple[str, ...]
     caption: str
     """One sentence: whose masks these are."""
+    heat: np.ndarray | None = None
+    """float32 [n, g, g']: the donors' activation maps, which the masks are read from; None where
+    they are not."""
+
+    @property
+    def pasted(self) -> np.ndarray:
+        """Which pixels of the mixes show a donor: in the patch, not masked; bool [n, H, W]."""
+        n, height, width, _ = self.mixes.shape
+        ty, tx, dy, dx, ph, pw = (self.patch[:, k, None] for k in range(6))
+        y, x = np.arange(height)[None], np.arange(width)[None]
+        # Pixel y of a donor belongs to cell (y * cells) // side, as in the kernel.
+        cells = self.masked.shape[1:]
+        row = (y - ty + dy).clip(0, height - 1) * cells[0] // height
+        column = (x - tx + dx).clip(0, width - 1) * cells[1] // width
+        inside_y, inside_x = (y >= ty) & (y < ty + ph), (x >= tx) & (x < tx + pw)
+        hidden = self.masked[np.arange(n)[:, None, None], row[:, :, None], column[:, None, :]]
+        return inside_y[:, :, None] & inside_x[:, None, :] & ~hidden
 
 
 def write_preview(data: Data, out: Path, options: PreviewOptions) -> str:
@@ -91,17 +115,18 @@ def random_examples(data: Data, options: PreviewOptions) -> Examples:
         side = options.size or min(224, int(np.median(beton.sizes.min(1))))
         patch = options.patch or max(1, side // 4 if side < 64 else side // 2)
         cells = 4 if side < 64 else 7
+        plain = Augment(flip=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         method = BackMixMethod(
             options=BackMix(mask="random", patch=_patch_within(patch, side)),
-            augment=Augment(flip=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
-            label_smoothing=0.0,
+            host=SoftmaxMethod(plain, 0.0),
+            augment=plain,
             bank=torch.zeros(beton.n, cells, cells),
             truth=None,
             row_of=torch.arange(beton.n),
             label_of=beton.labels,
         )
         subset = Subset(np.arange(beton.n), beton.labels)
-        batch = _first_batch(
+        batch = first_batch(
             beton, LoaderOptions(size=side), subset, Place(options.seed), options.rows
         )
         caption = f"Masks are random: {method.options.mask_ratio:.0%} of the cells of every donor."
@@ -123,7 +148,7 @@ def run_examples(run: Path, data: Data | None, options: PreviewOptions) -> Examp
     _check_wishes(options)
     config = read_config(run)
     try:
-        trained = run_options(config["run"])
+        trained = run_of(config["run"])
         check(trained)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{run}/config.json is no configuration of a run: {error!r}") from error
@@ -152,17 +177,19 @@ def run_examples(run: Path, data: Data | None, options: PreviewOptions) -> Examp
         shown = replace(
             trained,
             method=replace(trained.method, patch=patch, probability=1.0, warmup=0),
-            augment=replace(trained.augment, flip=False, pad=0),
+            augment=replace(trained.augment, flip=False, pad=0, pool="none"),
         )
         # The bank has the grid of the views that the run was trained on, whatever is shown here.
-        model = build_model(trained.model, len(config["known"]), trained.loader.size)
+        model = build_network(trained, len(config["known"]))
         method = build_method(shown, model, beton, subset, torch.device("cpu"))
         assert isinstance(method, BackMixMethod)
+        method.side = side  # the patch is given for the views shown here
         try:
-            method.load({"bank": tensors["method.bank"]})
+            own = {k.removeprefix("method."): v for k, v in tensors.items() if k[:7] == "method."}
+            method.load(own)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{checkpoints[-1]} holds no masks of this run: {error}") from error
-        batch = _first_batch(
+        batch = first_batch(
             beton,
             replace(trained.loader, size=side),
             subset,
@@ -172,43 +199,89 @@ def run_examples(run: Path, data: Data | None, options: PreviewOptions) -> Examp
         return _examples(method, batch, config["classes"], _run_caption(trained.method))
 
 
-def run_options(document: dict[str, Any]) -> Run:
-    """Return the options of a run from the `run` part of its config.json."""
-
-    def plain(section: dict[str, Any]) -> dict[str, Any]:
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-
-    sections = {"split": Split, "loader": LoaderOptions, "augment": Augment, "optim": Optim}
-    fields = plain(document) | {
-        name: make(**plain(document[name])) for name, make in sections.items()
-    }
-    method = plain(document["method"])
-    kind = method.pop("type")
-    if kind == "BackMix":
-        masks = method.pop("masks")
-        fields["method"] = BackMix(**method, masks=None if masks is None else Path(masks))
-    else:
-        del fields["method"]
-    fields |= {"data": tuple(map(Path, document["data"])), "out": Path(document["out"])}
-    return Run(**fields)
-
-
 def grid_picture(examples: Examples, kind: Literal["png", "webp"] = "png") -> bytes:
     """Draw examples, three tiles each, two examples side by side, names below; an image file.
 
     Patches are outlined where they were cut and where they were pasted; masked cells are hatched.
+    Where masks are read from maps, the donor's map is a fourth tile: dark blue its least value,
+    yellow its greatest.
 
     Args:
         examples: what to draw.
         kind: png keeps every pixel; webp is ten times smaller where views are photographs.
     """
-    n, height, width, _ = examples.targets.shape
-    factor = -(-_SMALLEST_TILE // min(height, width))
-    tile_h, tile_w = height * factor, width * factor
+    factor = _factor(examples.targets)
+    rows, below = [], []
+    for number, (target, donor) in enumerate(
+        zip(examples.target_names, examples.donor_names, strict=True)
+    ):
+        rows.append(_tiles(examples, number, factor))
+        below.append([target, donor, f"label {target}"])
+    heads = list(_HEADS)
+    if examples.heat is not None:
+        heads.insert(1, _HEAT_HEAD)
+        for number, tiles in enumerate(rows):
+            tiles.insert(1, _heated(examples.donors[number], examples.heat[number], factor))
+            below[number].insert(1, examples.donor_names[number])
+    return _sheet(rows, heads, below, kind)
+
+
+def map_picture(
+    views: np.ndarray,
+    names: Sequence[str],
+    maps: Sequence[tuple[str, np.ndarray, tuple[float, float]]],
+    marks: Sequence[np.ndarray] = (),
+    kind: Literal["png", "webp"] = "webp",
+) -> bytes:
+    """Draw images with maps of their cells beside, two images side by side; an image file.
+
+    A cell's colour goes from dark blue (least) to yellow (greatest); where there is room its value
+    stands on it. The first map carries the marks: + on the cells of the first, x on those of the
+    second.
+
+    Args:
+        views: uint8 [n, H, W, 3].
+        names: what stands below the images, [n].
+        maps: heading, values [n, g, g'], and what is least and greatest for the colours.
+        marks: at most two, bool [n, g, g'] each.
+        kind: as of `grid_picture`.
+    """
+    factor = _factor(views)
+    rows = []
+    for number, view in enumerate(views):
+        tiles = [Image.fromarray(view.repeat(factor, 0).repeat(factor, 1))]
+        for which, (_, values, (least, greatest)) in enumerate(maps):
+            scaled = (values[number] - least) / max(greatest - least, 1e-12)
+            tile = _heated(view, scaled, factor)
+            _write_values(tile, values[number], scaled)
+            if which == 0:
+                for mark, shape in zip(marks, "+x", strict=False):
+                    _draw_marks(tile, mark[number], shape)
+            tiles.append(tile)
+        rows.append(tiles)
+    heads = ["image", *(head for head, _, _ in maps)]
+    below = [[name, *[""] * len(maps)] for name in names]
+    return _sheet(rows, heads, below, kind)
+
+
+def _factor(views: np.ndarray) -> int:
+    """Return by which whole number views [n, H, W, 3] are enlarged."""
+    return -(-_SMALLEST_TILE // min(views.shape[1:3]))
+
+
+def _sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    heads: Sequence[str],
+    below: Sequence[Sequence[str]],
+    kind: Literal["png", "webp"],
+) -> bytes:
+    """Lay out rows of tiles of one size, two rows side by side, with texts; an image file."""
+    n, tiles = len(rows), len(heads)
+    tile_w, tile_h = rows[0][0].size
     gap, head, foot, between = 8, 26, 24, 28
     across = min(_ACROSS, n)
     down = -(-n // across)
-    block = 3 * tile_w + 2 * gap
+    block = tiles * (tile_w + gap) - gap
     picture = Image.new(
         "RGB",
         (across * block + (across - 1) * between + 2 * gap, head + down * (tile_h + foot + gap)),
@@ -217,19 +290,14 @@ def grid_picture(examples: Examples, kind: Literal["png", "webp"] = "png") -> by
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=14)
     for column in range(across):
-        for tile, text in enumerate(_HEADS):
+        for tile, text in enumerate(heads):
             x = gap + column * (block + between) + tile * (tile_w + gap)
+            text = _shortened(text, font, tile_w + gap)
             draw.text((x + tile_w / 2, head / 2), text, _INK, font, anchor="mm")
-    for number in range(n):
+    for number, (images, texts) in enumerate(zip(rows, below, strict=True)):
         x = gap + number % across * (block + between)
         y = head + number // across * (tile_h + foot + gap)
-        tiles = _tiles(examples, number, factor)
-        below = (
-            examples.target_names[number],
-            examples.donor_names[number],
-            f"label {examples.target_names[number]}",
-        )
-        for tile, (image, text) in enumerate(zip(tiles, below, strict=True)):
+        for tile, (image, text) in enumerate(zip(images, texts, strict=True)):
             left = x + tile * (tile_w + gap)
             picture.paste(image, (left, y))
             text = _shortened(text, font, tile_w)
@@ -240,6 +308,71 @@ def grid_picture(examples: Examples, kind: Literal["png", "webp"] = "png") -> by
     else:
         picture.save(file, "webp", quality=90)
     return file.getvalue()
+
+
+def ramp(values: np.ndarray) -> np.ndarray:
+    """Return the colours of values in 0 .. 1, uint8 [..., 3]; what lies outside is clipped."""
+    places = np.linspace(0, 1, len(_RAMP))
+    channels = [np.interp(values, places, column) for column in zip(*_RAMP, strict=True)]
+    return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def _heated(view: np.ndarray, scaled: np.ndarray, factor: int) -> Image.Image:
+    """Return an enlarged view in grey under the colours of its cells, [g, g'] in 0 .. 1."""
+    height, width = factor * view.shape[0], factor * view.shape[1]
+    y, x = np.arange(height)[:, None], np.arange(width)[None, :]
+    colours = ramp(scaled)[y * scaled.shape[0] // height, x * scaled.shape[1] // width]
+    grey = view.mean(2, keepdims=True).repeat(factor, 0).repeat(factor, 1)
+    return Image.fromarray((0.35 * grey + 0.65 * colours).astype(np.uint8))
+
+
+def _cell_boxes(tile: Image.Image, shape: tuple[int, ...]) -> np.ndarray:
+    """Return top, left, bottom, right of the cells of a tile, int [g, g', 4]."""
+    (width, height), (rows, columns) = tile.size, shape
+    # The first pixel y of cell k is the least with (y * rows) // height = k.
+    y = -(-np.arange(rows + 1) * height // rows)
+    x = -(-np.arange(columns + 1) * width // columns)
+    corners = np.broadcast_arrays(y[:-1, None], x[None, :-1], y[1:, None] - 1, x[None, 1:] - 1)
+    return np.stack(corners, -1)
+
+
+def _write_values(tile: Image.Image, values: np.ndarray, scaled: np.ndarray) -> None:
+    """Write each cell's value into its lower part, where there is room."""
+    boxes = _cell_boxes(tile, values.shape)
+    top, left, bottom, right = boxes[0, 0]
+    if min(bottom - top, right - left) < _FEWEST_PIXELS:
+        return
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(size=12)
+    for place in np.ndindex(values.shape):
+        top, left, bottom, right = boxes[place]
+        ink = _INK if scaled[place] > 0.5 else _PAPER
+        text = _short(float(values[place]))
+        draw.text(((left + right) / 2, bottom - 9), text, ink, font, anchor="mm")
+
+
+def _short(value: float) -> str:
+    """Return a value in at most five letters."""
+    text = f"{value:.2f}" if abs(value) < 9.95 else f"{value:.0f}"
+    return "0" if text.strip("-0.") == "" else text
+
+
+def _draw_marks(tile: Image.Image, marked: np.ndarray, shape: str) -> None:
+    """Draw a + or an x, white in a dark rim, into the upper part of the marked cells."""
+    draw = ImageDraw.Draw(tile)
+    boxes = _cell_boxes(tile, marked.shape)
+    for place in zip(*np.nonzero(marked), strict=True):
+        top, left, bottom, right = (int(value) for value in boxes[place])
+        room = min(bottom - top, right - left) + 1
+        arm = max(room // 6, 2)
+        y, x = top + (room // 3 if room >= _FEWEST_PIXELS else room // 2), (left + right) // 2
+        lines = (
+            [(x - arm, y, x + arm, y), (x, y - arm, x, y + arm)]
+            if shape == "+"
+            else [(x - arm, y - arm, x + arm, y + arm), (x - arm, y + arm, x + arm, y - arm)]
+        )
+        for width, colour in ((6, _INK), (3, _PAPER)):
+            for line in lines:
+                draw.line(line, colour, width)
 
 
 def _check_wishes(options: PreviewOptions) -> None:
@@ -258,7 +391,7 @@ def _patch_within(patch: int, side: int) -> int:
     return patch
 
 
-def _first_batch(
+def first_batch(
     beton: BetonSet, options: LoaderOptions, subset: Subset, place: Place, count: int
 ) -> Batch:
     """Return the first `count` images of an epoch, as their loader would cut them."""
@@ -288,6 +421,12 @@ def _examples(
         mode=method.mode(),
     )
     names = [classes[int(label)] for label in batch.labels.tolist()]
+    heat = None
+    if method.options.mask in ("cam", "inverse"):
+        # A donor's map beside it, in the donor's own view.
+        rows = method.row_of[batch.pool_index[drawn.donor]]
+        boxes = box_fractions(batch.boxes, batch.sizes)[drawn.donor]
+        heat = _scaled(view_heat(method.bank, rows, boxes).float().numpy())
     return Examples(
         targets=batch.pool[batch.rows].numpy(),
         donors=batch.pool[drawn.donor].numpy(),
@@ -297,7 +436,15 @@ def _examples(
         target_names=tuple(names),
         donor_names=tuple(names[row] for row in drawn.donor.tolist()),
         caption=caption,
+        heat=heat,
     )
+
+
+def _scaled(maps: np.ndarray) -> np.ndarray:
+    """Return maps [n, g, g'] from 0, their least, to 1, their greatest; a flat one is 0."""
+    least = maps.min((1, 2), keepdims=True)
+    extent = maps.max((1, 2), keepdims=True) - least
+    return (maps - least) / np.where(extent > 0, extent, 1)
 
 
 def _run_caption(method: BackMix) -> str:

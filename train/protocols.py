@@ -7,7 +7,9 @@ only.
 
 Sources: A = ARPL (Chen et al., 2021) and Vaze et al. (2022), identical lists; B-cac = CAC (Miller
 et al., 2021); B-dias = DIAS (Moon et al., 2022), equal to B-cac but for Tiny-ImageNet and
-CIFAR+50; C = CSSR (Huang et al., 2022); F = the macro-F1 lists of DIAS.
+CIFAR+50; C = CSSR (Huang et al., 2022); F = the macro-F1 lists of DIAS; OpenOOD = the Tiny-ImageNet
+lists of OpenOOD v1.5, which are the numbers of A counted in the order of wnids.txt instead of the
+sorted one: other classes, another problem. (Its CIFAR-10 lists are those of A.)
 
 Class numbers: CIFAR in the official label order, SVHN by digit (the digit 0 is class 0), Tiny-
 ImageNet by the position in the sorted list of the 200 WordNet ids.
@@ -85,7 +87,7 @@ def families(protocol: str) -> tuple[str, ...]:
     """Return the families that were published for a protocol.
 
     >>> families("cifar+50")
-    ('A', 'B-cac', 'B-dias')
+    ('A', 'B-cac', 'B-dias', 'F')
     """
     table = _table()
     if protocol not in table:

@@ -9,10 +9,24 @@ from dataclasses import replace
 import tyro
 
 from backmix.pipeline.options import LoaderOptions
-from backmix.train.options import Augment, BackMix, Optim, Run, Softmax, Split
+from backmix.train.options import (
+    Arpl,
+    Augment,
+    BackMix,
+    Cssr,
+    Method,
+    Optim,
+    Run,
+    Softmax,
+    Split,
+    Ssod,
+    host_of,
+)
 
 HALF = (127.5, 127.5, 127.5)
 QUARTER = (63.75, 63.75, 63.75)
+CIFAR_MEAN = (125.307, 122.961, 113.8575)
+CIFAR_STD = (51.5865, 50.847, 51.255)
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -35,25 +49,20 @@ def cifar10_softmax() -> Run:
     )
 
 
-def cifar10_backmix() -> Run:
-    """Return BackMix on the softmax recipe, with the values of the released mixing code."""
-    return replace(cifar10_softmax(), method=BackMix())
-
-
-def cifar10_cutout() -> Run:
-    """Return the occlusion control: BackMix's patches, at the same places, in plain fill."""
-    return replace(cifar10_softmax(), method=BackMix(mask="grey"))
-
-
 def svhn_softmax() -> Run:
     """Return the softmax recipe for SVHN: as CIFAR-10, but digits are not mirrored."""
     base = cifar10_softmax()
     return replace(base, split=Split(protocol="svhn"), augment=replace(base.augment, flip=False))
 
 
-def svhn_backmix() -> Run:
-    """Return BackMix on the SVHN recipe."""
-    return replace(svhn_softmax(), method=BackMix())
+def cifar_plus_10_softmax() -> Run:
+    """Return the softmax recipe for CIFAR+10: four classes of CIFAR-10 against ten of CIFAR-100."""
+    return replace(cifar10_softmax(), split=Split(protocol="cifar+10"))
+
+
+def cifar_plus_50_softmax() -> Run:
+    """Return the softmax recipe for CIFAR+50: four classes of CIFAR-10 against fifty."""
+    return replace(cifar10_softmax(), split=Split(protocol="cifar+50"))
 
 
 def tiny_imagenet_softmax() -> Run:
@@ -65,11 +74,6 @@ def tiny_imagenet_softmax() -> Run:
         loader=replace(base.loader, size=64),
         optim=Optim(kind="adam", lr=1e-3, weight_decay=0.0, milestones=(30, 60, 90)),
     )
-
-
-def tiny_imagenet_backmix() -> Run:
-    """Return BackMix on the Tiny-ImageNet recipe; patches of half the side, as published."""
-    return replace(tiny_imagenet_softmax(), method=BackMix(patch=32))
 
 
 def cifar10_wrn_softmax() -> Run:
@@ -90,11 +94,6 @@ def cifar10_wrn_softmax() -> Run:
     )
 
 
-def cifar10_wrn_backmix() -> Run:
-    """Return BackMix on WRN-40-4, whose 8 x 8 map has the grid of the released mixing code."""
-    return replace(cifar10_wrn_softmax(), method=BackMix())
-
-
 def cifar10_resnet18_softmax() -> Run:
     """Return the CIFAR ResNet-18 with SGD 0.1, batch 128, 150 epochs, x 0.1 after 130."""
     return Run(
@@ -109,9 +108,79 @@ def cifar10_resnet18_softmax() -> Run:
     )
 
 
-def cifar10_resnet18_backmix() -> Run:
-    """Return BackMix on the CIFAR ResNet-18."""
-    return replace(cifar10_resnet18_softmax(), method=BackMix())
+def cifar10_strong_softmax() -> Run:
+    """Return the strong recipe: RandAugment, 600 epochs of cosines with restarts.
+
+    Vaze, Han, Vedaldi, Zisserman: "Open-Set Recognition: A Good Closed-Set Classifier is All You
+    Need?" (ICLR 2022), public code and its table of hyperparameters; scored by the largest logit.
+    """
+    base = cifar10_softmax()
+    augment = Augment(
+        flip=True,
+        pad=4,
+        pool="randaugment",
+        operations=1,
+        magnitude=6,
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+    )
+    return replace(
+        base,
+        epochs=600,
+        loader=replace(base.loader, batch=128),
+        augment=augment,
+        optim=Optim(
+            lr=0.1, weight_decay=1e-4, decay="all", schedule="restarts", cycles=3, warmup=10 / 600
+        ),
+    )
+
+
+def svhn_strong_softmax() -> Run:
+    """Return the strong recipe for SVHN: magnitude 18, no rotations and translations."""
+    base = cifar10_strong_softmax()
+    augment = replace(base.augment, magnitude=18, moves=False)
+    return replace(base, split=Split(protocol="svhn"), augment=augment)
+
+
+def tiny_imagenet_strong_softmax() -> Run:
+    """Return the strong recipe for Tiny-ImageNet: Adam 0.01, magnitude 9, label smoothing 0.9.
+
+    The authors spread the smoothed share over the other 19 classes alone; torch spreads it over all
+    20, so that 0.9 there is 0.9 * 20 / 19 here.
+    """
+    base = cifar10_strong_softmax()
+    return replace(
+        base,
+        split=Split(protocol="tiny-imagenet"),
+        loader=replace(base.loader, size=64),
+        augment=replace(base.augment, magnitude=9),
+        optim=replace(
+            base.optim, kind="adam", lr=0.01, weight_decay=0.0, label_smoothing=0.9 * 20 / 19
+        ),
+    )
+
+
+def cifar10_cssr_softmax() -> Run:
+    """Return the whole recipe of the CSSR code on WRN-40-4, its strong augmentations included.
+
+    As softmax it is that code's linear baseline: published figures of family C are of this recipe.
+    """
+    base = cifar10_wrn_softmax()
+    return replace(base, augment=replace(base.augment, pool="cssr"))
+
+
+def tiny_imagenet_cssr_softmax() -> Run:
+    """Return the recipe of the CSSR code for Tiny-ImageNet: ResNet-18, 235 epochs."""
+    base = cifar10_cssr_softmax()
+    return replace(
+        base,
+        epochs=235,
+        model="resnet18-cifar",
+        split=Split(protocol="tiny-imagenet", family="C"),
+        loader=replace(base.loader, size=64),
+        augment=replace(base.augment, pad=8),
+        optim=replace(base.optim, milestones=(150, 225), warmup=1 / 235),
+    )
 
 
 def imagenet_rn18() -> Run:
@@ -147,6 +216,12 @@ def imagenet_rn50_backmix() -> Run:
     return replace(imagenet_rn50(), method=BackMix(patch=80))
 
 
+DEMO_MIX = BackMix(
+    patch=16, probability=0.5, mask_ratio=0.4, fill="mean", cam_source="mix", rate=1.0
+)
+"""How the demo mixes."""
+
+
 def demo_softmax() -> Run:
     """Return the demo's baseline: a quarter-width classifier32, 16 epochs, one CPU thread."""
     return Run(
@@ -164,10 +239,7 @@ def demo_softmax() -> Run:
 
 def demo_backmix() -> Run:
     """Return the demo's BackMix: half-side patches on half of the images, 6 of 16 cells masked."""
-    method = BackMix(
-        patch=16, probability=0.5, mask_ratio=0.4, fill="mean", cam_source="mix", rate=1.0
-    )
-    return replace(demo_softmax(), method=method)
+    return replace(demo_softmax(), method=DEMO_MIX)
 
 
 def demo_cutout() -> Run:
@@ -175,23 +247,80 @@ def demo_cutout() -> Run:
     return replace(demo_softmax(), method=BackMix(patch=16, probability=0.5, mask="grey"))
 
 
+METHOD_ROWS: tuple[tuple[str, str, Method], ...] = (
+    ("softmax", "cross-entropy alone: the baseline", Softmax()),
+    ("cutout", "BackMix's patches, at the same places, in plain fill", BackMix(mask="grey")),
+    ("backmix", "BackMix, with the values of the released mixing code", BackMix()),
+    ("ssod", "a rejection head that learns from locations (SSOD)", Ssod()),
+    ("arpl", "reciprocal points (ARPL)", Arpl()),
+    ("arpl-cs", "ARPL with generated confusing samples; two passes an epoch", Arpl(confusing=True)),
+    ("pcssr", "auto-encoders, the least error wins (PCSSR)", Cssr()),
+    ("rcssr", "auto-encoders, the greatest error wins (RCSSR)", Cssr(kind="reciprocal")),
+    ("backmix-ssod", "SSOD on mixes, pasted background as unknown", BackMix(host=Ssod())),
+    ("backmix-arpl", "ARPL on mixes", BackMix(host=Arpl())),
+    ("backmix-arpl-cs", "ARPL+CS on mixes", BackMix(host=Arpl(confusing=True))),
+    ("backmix-pcssr", "PCSSR on mixes", BackMix(host=Cssr())),
+    ("backmix-rcssr", "RCSSR on mixes", BackMix(host=Cssr(kind="reciprocal"))),
+)
+"""Every method at equal training: name, what it is, options."""
+
+
+def with_method(base: Run, method: Method, mix: BackMix | None = None) -> Run:
+    """Return a recipe with another method, at equal training.
+
+    Where BackMix is asked for, `mix` says how it mixes; without one as released, with a patch of a
+    quarter of the side of views of 32 px, and of half of it in larger ones, as in the paper's
+    pictures. ARPL+CS makes two passes an epoch: twice the epochs, and the rate falls after twice as
+    many.
+    """
+    side = base.loader.size
+    if isinstance(method, BackMix):
+        mix = mix or BackMix(patch=side // 4 if side <= 32 else side // 2)
+        method = replace(mix, host=method.host, mask=method.mask)
+        if base.augment.pool != "none" and isinstance(method.host, Ssod):
+            # A pool moves pixels after the mix, which then knows no longer where background lies.
+            method = replace(method, host=replace(method.host, pasted=False))
+    host, optim, epochs = host_of(method), base.optim, base.epochs
+    if isinstance(host, Arpl) and host.confusing:
+        optim = replace(optim, milestones=tuple(2 * m for m in optim.milestones))
+        epochs *= 2
+    return replace(base, method=method, optim=optim, epochs=epochs)
+
+
+def _on(
+    name: str, base: Callable[[], Run], mix: BackMix | None = None
+) -> dict[str, Callable[[], Run]]:
+    """Return a data set's recipes, NAME-METHOD, one for each method; `mix` as in `with_method`."""
+
+    def recipe(what: str, method: Method) -> Callable[[], Run]:
+        def make() -> Run:
+            return with_method(base(), method, mix)
+
+        make.__doc__ = f"Return the recipe of {name}-softmax with {what}."
+        return make
+
+    made = {f"{name}-{method}": recipe(what, options) for method, what, options in METHOD_ROWS}
+    return made | {f"{name}-softmax": base}
+
+
 RECIPES: dict[str, Callable[[], Run]] = {
-    "cifar10-softmax": cifar10_softmax,
-    "cifar10-backmix": cifar10_backmix,
-    "cifar10-cutout": cifar10_cutout,
-    "cifar10-wrn-softmax": cifar10_wrn_softmax,
-    "cifar10-wrn-backmix": cifar10_wrn_backmix,
-    "cifar10-resnet18-softmax": cifar10_resnet18_softmax,
-    "cifar10-resnet18-backmix": cifar10_resnet18_backmix,
-    "svhn-softmax": svhn_softmax,
-    "svhn-backmix": svhn_backmix,
-    "tiny-imagenet-softmax": tiny_imagenet_softmax,
-    "tiny-imagenet-backmix": tiny_imagenet_backmix,
+    **_on("cifar10", cifar10_softmax),
+    **_on("svhn", svhn_softmax),
+    **_on("cifar+10", cifar_plus_10_softmax),
+    **_on("cifar+50", cifar_plus_50_softmax),
+    **_on("tiny-imagenet", tiny_imagenet_softmax),
+    **_on("cifar10-wrn", cifar10_wrn_softmax),
+    **_on("cifar10-resnet18", cifar10_resnet18_softmax),
+    **_on("cifar10-strong", cifar10_strong_softmax),
+    **_on("svhn-strong", svhn_strong_softmax),
+    **_on("tiny-imagenet-strong", tiny_imagenet_strong_softmax),
+    **_on("cifar10-cssr", cifar10_cssr_softmax),
+    **_on("tiny-imagenet-cssr", tiny_imagenet_cssr_softmax),
     "imagenet-rn18": imagenet_rn18,
     "imagenet-rn18-backmix": imagenet_rn18_backmix,
     "imagenet-rn50": imagenet_rn50,
     "imagenet-rn50-backmix": imagenet_rn50_backmix,
-    "demo-softmax": demo_softmax,
+    **_on("demo", demo_softmax, DEMO_MIX),
     "demo-cutout": demo_cutout,
     "demo-backmix": demo_backmix,
 }

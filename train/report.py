@@ -9,7 +9,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,39 @@ import numpy as np
 
 from backmix.train import metrics
 from backmix.train.checkpoint import write_atomically
+from backmix.train.claims import (
+    Evidence,
+    Network,
+    background_evidence,
+    embedding,
+    look,
+    open_network,
+    ssod_locations,
+    stored_images,
+    surrogate_features,
+)
 from backmix.train.figures import (
     Chart,
     Histogram,
     Panel,
+    Scatter,
     Series,
     acceptance_curve,
     histogram_chart,
     line_chart,
+    scatter_chart,
 )
-from backmix.train.options import PreviewOptions
-from backmix.train.preview import grid_picture, run_examples
+from backmix.train.options import PreviewOptions, Ssod, host_of
+from backmix.train.outputs import Outputs
+from backmix.train.preview import grid_picture, map_picture, run_examples
 from backmix.train.results import (
     COMPARED,
     METRICS,
+    OWN_SCORES,
     SCORE_NAMES,
     Group,
     Judged,
+    Row,
     Table,
     markdown,
     read_all,
@@ -48,19 +64,44 @@ _READ_AT = (0.01, 0.05, 0.1, 0.2, 0.5)
 _MOST_PICTURES = 6
 _LARGEST_EXACT = 64
 """Views up to this side are kept pixel by pixel; larger ones are compressed [pixels]."""
+_LOOKED_AT = 512, 128
+"""Images of a set whose background is measured: of small views, and of larger ones."""
+_POINTS = 120
+"""Features of each kind that are laid out in the plane."""
+_BACKGROUNDS = (
+    "background of known images",
+    "of unknown images",
+    "half of the other cells of known images are to the right",
+)
+_COMMON = ("max_logit", "msp", "energy")
+"""Scores that are shown of every method, after its own; the others are folded away."""
 _FUNCTIONS = {score.__name__: score for score in SCORES}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The mixes of one configuration, or why there are none."""
+    """A picture of one configuration, or why there is none."""
 
     label: str
     text: str
     source: str
     """data: URI; empty where there is no picture."""
-    pairs: tuple[tuple[str, str], ...] = ()
-    """Class of target and of donor, in reading order."""
+    alt: str = ""
+    """What it shows, for readers who do not see it."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the runs show of the claims that methods make of image backgrounds."""
+
+    locations: list[Picture]
+    """SSOD: its samples and its rejection logits."""
+    evidence: Chart | None
+    """Class evidence in the background; None where no run's test images are at hand."""
+    embeddings: list[Chart]
+    """Features of known, unknown and what stands in for them."""
+    missing: list[str]
+    """What cannot be shown, and why."""
 
 
 def write_report(runs: Sequence[Path], out: Path) -> str:
@@ -97,20 +138,46 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     page = template.render(
         title=_title(groups),
         facts=_facts(groups),
-        tables=results,
+        tables=[(table, *_folded(table, groups)) for table in results],
         score_names=SCORE_NAMES,
         metric_names=METRICS,
         compared=COMPARED,
         markdown=markdown(results),
         charts=_charts(groups, results),
         pictures=_pictures(groups),
-        groups=groups,
+        claims=_claims(groups),
         run_rows=_run_rows(groups),
         health=_health(groups),
         numbers=_embedded(_numbers(groups)),
     )
     write_atomically(out, page.encode())
-    return markdown(results)
+    return markdown(
+        [
+            replace(table, rows=tuple(row for _, rows in _folded(table, groups)[0] for row in rows))
+            for table in results
+        ]
+    )
+
+
+def main_scores(groups: Sequence[Group]) -> list[str]:
+    """Return the scores that a reader wants first: those of the methods, then the common ones."""
+    own = [score for group in groups for score in _own_scores(group)]
+    return list(dict.fromkeys((*own, *_COMMON)))
+
+
+def _own_scores(group: Group) -> tuple[str, ...]:
+    method = group.runs[0].config["run"]["method"]
+    return OWN_SCORES.get(method.get("host", method)["type"], ())
+
+
+def _folded(
+    table: Table, groups: Sequence[Group]
+) -> tuple[list[tuple[str, list[Row]]], list[tuple[str, list[Row]]]]:
+    """Return the rows of the main scores, score by score, and those of the others."""
+    blocks = dict(table.blocks)
+    main = [score for score in main_scores(groups) if score in blocks]
+    others = [block for block in blocks.items() if block[0] not in main]
+    return [(score, blocks[score]) for score in main], others
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -234,26 +301,45 @@ def _charts(groups: Sequence[Group], results: Sequence[Table]) -> list[Chart]:
             for group in groups
             if (runs := tuple(run for run in group.runs if table.unknown in run.unknown))
         ]
-        scores = [s for s in dict.fromkeys(row.score for row in table.rows) if s in _FUNCTIONS]
+        there = {row.score for row in table.rows}
+        scores = [
+            score
+            for score in main_scores(groups)
+            if score in there and any(_has(group, table.unknown, score) for group in judged)
+        ]
         if scores:
             charts += [
                 _curves(judged, table, scores, "auroc"),
                 _curves(judged, table, scores, "oscr"),
-                _histograms(
-                    judged, table.unknown, "max_logit" if "max_logit" in scores else scores[0]
-                ),
+                _histograms(judged, table.unknown),
             ]
     return [*charts, _training(groups)]
 
 
+def _values(outputs: Outputs, score: str) -> np.ndarray:
+    """Return a score of a stored set, float64 [n]."""
+    stored = outputs.scores.get(score)
+    return _FUNCTIONS[score](outputs.logits) if stored is None else stored
+
+
+def _has(group: Group, unknown: str, score: str) -> bool:
+    """Return whether all runs of a group have a score that can be drawn."""
+    return all(
+        (score in outputs.scores or score in _FUNCTIONS)
+        and run.figure("auroc", unknown, score) is not None
+        for run in group.runs
+        for outputs in (run.known, run.unknown[unknown])
+    )
+
+
 def _curves(groups: Sequence[Group], table: Table, scores: Sequence[str], area: str) -> Chart:
-    """Return the ROC curves (area auroc) or OSCR curves (area oscr) of all scores."""
+    """Return the ROC curves (area auroc) or OSCR curves (area oscr) of some scores."""
     known_axis = "known accepted" if area == "auroc" else "known accepted and right"
     panels = []
     rows = []
     for score in scores:
         series = []
-        for group in groups:
+        for group in (group for group in groups if _has(group, table.unknown, score)):
             curve = np.mean([_curve(run, table.unknown, score, area) for run in group.runs], 0)
             series.append(Series(group.label, _SHARES, curve))
             at = np.interp(_READ_AT, _SHARES, curve)
@@ -287,37 +373,39 @@ def _curves(groups: Sequence[Group], table: Table, scores: Sequence[str], area: 
 
 
 def _curve(run: Judged, unknown: str, score: str, area: str) -> np.ndarray:
-    known, counted = _FUNCTIONS[score](run.known.logits), np.ones(len(run.known), bool)
+    known, counted = _values(run.known, score), np.ones(len(run.known), bool)
     if area == "oscr":
         counted = run.known.logits.argmax(1) == run.known.labels
-    return acceptance_curve(known, counted, _FUNCTIONS[score](run.unknown[unknown].logits), _SHARES)
+    return acceptance_curve(known, counted, _values(run.unknown[unknown], score), _SHARES)
 
 
-def _histograms(groups: Sequence[Group], unknown: str, score: str) -> Chart:
-    """Return the scores of the first run of every configuration, known and unknown."""
+def _histograms(groups: Sequence[Group], unknown: str) -> Chart:
+    """Return the scores of the first run of every configuration, each by its own score."""
     histograms, rows, accepted = [], [], []
     quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
     for group in groups:
         run = group.runs[0]
-        known, others = (
-            _FUNCTIONS[score](outputs.logits) for outputs in (run.known, run.unknown[unknown])
-        )
+        usable = [s for s in (*_own_scores(group), *_COMMON) if _has(group, unknown, s)]
+        if not usable:
+            continue
+        score = usable[0]
+        known, others = _values(run.known, score), _values(run.unknown[unknown], score)
         threshold = metrics.acceptance_threshold(known)
-        histograms.append(Histogram(f"{group.label}, {run.name}", known, others, threshold))
+        name = SCORE_NAMES.get(score, score)
+        histograms.append(Histogram(f"{group.label}, {run.name}: {name}", known, others, threshold))
         share = metrics.fpr95_unknown_accepted(known, others)
-        accepted.append(f"{group.label} {share:.1%}")
+        accepted.append(f"{group.label} ({name}) {share:.1%}")
         for kind, values in (("known", known), ("unknown", others)):
             at = np.quantile(values, quantiles)
-            rows.append((group.label, kind, *(f"{value:.2f}" for value in at)))
-    name = SCORE_NAMES.get(score, score)
+            rows.append((group.label, name, kind, *(f"{value:.2f}" for value in at)))
     return Chart(
-        title=f"{name} of known and unknown images, unknown set “{unknown}”",
+        title=f"Scores of known and unknown images, unknown set “{unknown}”",
         text=(
             "Unknown images to the right of the line that 95% of the known ones reach, first run "
-            f"of each method: {', '.join(accepted)}."
+            f"of each method, by the method's own score: {', '.join(accepted)}."
         ),
-        svg=histogram_chart(histograms, f"{name} (right: more known)"),
-        header=("method", "images", *(f"{share:.0%} quantile" for share in quantiles)),
+        svg=histogram_chart(histograms, "score (right: more known)"),
+        header=("method", "score", "images", *(f"{share:.0%} quantile" for share in quantiles)),
         rows=tuple(rows),
     )
 
@@ -373,26 +461,212 @@ def _epochs(run: Judged) -> np.ndarray:
 
 
 def _pictures(groups: Sequence[Group]) -> list[Picture]:
-    mixing = [group for group in groups if not group.runs[0].is_baseline]
+    mixing = [g for g in groups if g.runs[0].config["run"]["method"]["type"] == "BackMix"]
     return [_picture(group) for group in mixing[:_MOST_PICTURES]]
 
 
 def _picture(group: Group) -> Picture:
     """Draw the mixes of a configuration's first run; its data may have gone, the page may not."""
     run = group.runs[0]
-    small = run.config["run"]["loader"]["size"] <= _LARGEST_EXACT
+    small = _is_small(run)
     try:
         examples = run_examples(run.folder, None, PreviewOptions(rows=8 if small else 4))
         kind = "png" if small else "webp"
-        encoded = base64.b64encode(grid_picture(examples, kind)).decode()
+        source = _data_uri(grid_picture(examples, kind), kind)
     except (ValueError, OSError) as error:
         return Picture(group.label, f"There is no picture: {error}", "")
+    pairs = zip(examples.target_names, examples.donor_names, strict=True)
+    each = ", ".join(f"{target} with a patch of {donor}" for target, donor in pairs)
+    maps = "the donor's map, " if examples.heat is not None else ""
     return Picture(
         group.label,
         f"First run ({run.name}). {examples.caption}",
-        f"data:image/{kind};base64,{encoded}",
-        tuple(zip(examples.target_names, examples.donor_names, strict=True)),
+        source,
+        f"Target, {maps}donor with its mask, and mix of {len(examples.targets)} examples: {each}.",
     )
+
+
+def _is_small(run: Judged) -> bool:
+    return run.config["run"]["loader"]["size"] <= _LARGEST_EXACT
+
+
+def _data_uri(picture: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+# --- claims -------------------------------------------------------------------------------------
+
+
+def _claims(groups: Sequence[Group]) -> Claims:
+    """Look at the first run of every configuration; what has gone leaves a sentence."""
+    locations, embeddings, missing = [], [], []
+    measured: list[tuple[Group, str, Evidence, Evidence]] = []
+    for group in groups[:_MOST_PICTURES]:
+        run = group.runs[0]
+        try:
+            network = open_network(run.folder)
+        except (ValueError, OSError) as error:
+            missing.append(f"{group.label}: {error}")
+            continue
+        if isinstance(host_of(network.trained.options.method), Ssod):
+            try:
+                locations.append(_locations(group, network))
+            except (ValueError, OSError) as error:
+                missing.append(f"{group.label}, sampled locations: {error}")
+        try:
+            measured += _evidence_of(group, network)
+        except (ValueError, OSError) as error:
+            missing.append(f"{group.label}, evidence of background: {error}")
+        if run.unknown:
+            try:
+                embeddings.append(_embedding(group, network, missing))
+            except (ValueError, OSError) as error:
+                missing.append(f"{group.label}, features: {error}")
+    if len(groups) > _MOST_PICTURES:
+        missing.append(f"the configurations after the first {_MOST_PICTURES}: they would be many")
+    return Claims(locations, _evidence(measured), embeddings, missing)
+
+
+def _locations(group: Group, network: Network) -> Picture:
+    found = ssod_locations(network, 8 if _is_small(group.runs[0]) else 4)
+    maps = [("P(own class)", found.p_true, (0.0, 1.0))]
+    if found.rejection is not None:
+        most = float(np.abs(found.rejection).max())
+        maps.append(("rejection logit", found.rejection, (-most, most)))
+    picture = map_picture(found.views, found.names, maps, (found.known, found.unknown))
+    known, unknown = found.known.sum((1, 2)), found.unknown.sum((1, 2))
+    run = group.runs[0]
+    mixed = run.config["run"]["method"]["type"] == "BackMix"
+    besides = " In training the mix says besides what is background." if mixed else ""
+    each = ", ".join(
+        f"{name}: {k} known, {u} unknown"
+        for name, k, u in zip(found.names, known, unknown, strict=True)
+    )
+    return Picture(
+        group.label,
+        f"First run ({run.name}), training images without augmentation. By the "
+        f"probability of the image's own class at a location, {found.rule}. "
+        f"Of {found.known.size} locations {known.sum()} are known (+), {unknown.sum()} unknown (x)."
+        f"{besides}",
+        _data_uri(picture, "webp"),
+        f"Training image, probability of its class at each location, and what the rejection head "
+        f"says there. Locations sampled: {each}.",
+    )
+
+
+def _evidence_of(group: Group, network: Network) -> list[tuple[Group, str, Evidence, Evidence]]:
+    """Return the evidence in known images, and in those of each unknown set."""
+    run = group.runs[0]
+    count = _LOOKED_AT[0] if _is_small(run) else _LOOKED_AT[1]
+
+    def of(outputs: Outputs) -> Evidence:
+        return background_evidence(network, look(network, stored_images(outputs, count)))
+
+    known = of(run.known)
+    sets = []
+    problems = []
+    for name, outputs in run.unknown.items():
+        try:
+            sets.append((group, name, known, of(outputs)))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if not sets:
+        raise ValueError("; ".join(problems) or "there is no unknown set")
+    return sets
+
+
+def _evidence(measured: Sequence[tuple[Group, str, Evidence, Evidence]]) -> Chart | None:
+    """Return the evidence of background cells, a panel a method, for its first unknown set."""
+    if not measured:
+        return None
+    histograms, rows, sentences = [], [], []
+    drawn = set()
+    for group, unknown, known, others in measured:
+        middle = float(np.median(known.of_rest))
+        first = group.label not in drawn
+        drawn.add(group.label)
+        shares = []
+        for name, found in (("known", known), (unknown, others)):
+            share = float((found.of_background > middle).mean())
+            shares.append(f"{name} {share:.1%}")
+            if name != "known" or first:
+                figures = (found.of_background.mean(), found.of_rest.mean(), found.largest.mean())
+                images = f"{len(found.largest):,}"
+                row = (group.label, name, images, *(f"{value:.2f}" for value in figures))
+                rows.append((*row, f"{share:.1%}"))
+        sentences.append(f"{group.label} {', '.join(shares)}")
+        if first:
+            title = f"{group.label}, “{unknown}”"
+            backgrounds = known.of_background, others.of_background
+            histograms.append(Histogram(title, *backgrounds, middle))
+    return Chart(
+        title="Class evidence of background cells",
+        text=(
+            "Background cells that speak for some class more than half of the other cells of "
+            f"known images do, first run of each method: {'; '.join(sentences)}."
+        ),
+        svg=histogram_chart(
+            histograms,
+            "greatest logit of a cell",
+            _BACKGROUNDS,
+            "cells",
+        ),
+        header=(
+            "method",
+            "images",
+            "number",
+            "background, mean",
+            "other cells, mean",
+            "largest logit of the image, mean",
+            "background above the line",
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _embedding(group: Group, network: Network, missing: list[str]) -> Chart:
+    """Return features in the plane; what stands in for unknown images may be missing."""
+    run = group.runs[0]
+    name, outputs = next(iter(run.unknown.items()))
+    known, unknown = (_spaced(each.features) for each in (run.known, outputs))
+    surrogate, what = None, ""
+    try:
+        surrogate, what = surrogate_features(network, _POINTS)
+    except (ValueError, OSError) as error:
+        missing.append(f"{group.label}, what stands in for unknown images: {error}")
+    found = embedding(known, unknown, surrogate)
+    kinds = {"known": "known", "unknown": "unknown", "surrogate": "stands in for unknown"}
+    panels = [
+        Scatter(title, tuple((kinds[kind], places) for kind, places in points.items()))
+        for title, points in (("principal axes", found.pca), ("t-SNE", found.tsne))
+    ]
+    text = f"First run ({run.name}); {len(known)} known images, {len(unknown)} of “{name}”"
+    if surrogate is None:
+        text += ". Nothing stands in for unknown images here"
+    else:
+        text += (
+            f", and {len(surrogate)} {what}, from training images. Nearer to one of these than to "
+            f"any known image are {found.nearer['unknown']:.1%} of the unknown images and "
+            f"{found.nearer['known']:.1%} of the known ones (to any other)"
+        )
+    rows = []
+    for kind, points in found.pca.items():
+        middle, spread = points.mean(0), points.std(0)
+        row = (kinds[kind], str(len(points)))
+        rows.append((*row, *(f"{m:.2f} ± {s:.2f}" for m, s in zip(middle, spread, strict=True))))
+    return Chart(
+        title=f"Directions of features: {group.label}",
+        text=f"{text}. The two principal axes have {found.explained:.0%} of the variance.",
+        svg=scatter_chart(panels),
+        header=("kind", "number", "first axis", "second axis"),
+        rows=tuple(rows),
+    )
+
+
+def _spaced(features: np.ndarray) -> np.ndarray:
+    """Return at most `_POINTS` rows, evenly spaced."""
+    count = min(_POINTS, len(features))
+    return np.asarray(features[np.arange(count) * len(features) // max(count, 1)])
 
 
 # --- small things -------------------------------------------------------------------------------

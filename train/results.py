@@ -32,6 +32,12 @@ METRICS = {
 }
 """Figures of a score on an unknown set, by their names in metrics.json and in print."""
 SCORE_NAMES = {"msp": "MSP", "max_logit": "MaxLogit", "energy": "Energy"}
+OWN_SCORES = {
+    "Ssod": ("ssod", "ssod_joint"),
+    "Arpl": ("arpl", "arpl_dot"),
+    "Cssr": ("cssr", "cssr_s0"),
+}
+"""Scores that a method brings, by its options' type."""
 COMPARED = ("auroc", "oscr")
 """Figures whose paired difference to the baseline is printed."""
 
@@ -214,7 +220,7 @@ def read_all(folders: Sequence[Path]) -> list[Group]:
 def tables(groups: Sequence[Group]) -> list[Table]:
     """Return one table per unknown set, in the order in which the runs name them."""
     runs = [run for group in groups for run in group.runs]
-    baselines = {_pair_key(run): run for run in runs if run.is_baseline}
+    baselines = {pair_key(run): run for run in runs if run.is_baseline}
     sets = dict.fromkeys(name for run in runs for name in run.metrics["unknown"])
     return [_table(name, groups, baselines) for name in sets]
 
@@ -240,7 +246,18 @@ def markdown(some: Sequence[Table]) -> str:
 
 def method_label(method: Mapping[str, Any]) -> str:
     """Return the usual name of a method from its options in config.json."""
-    return _MASKS[method["mask"]] if method["type"] == "BackMix" else method["type"].lower()
+    match method["type"]:
+        case "BackMix":
+            name, host = _MASKS[method["mask"]], method.get("host", {"type": "Softmax"})
+            return name if host["type"] == "Softmax" else f"{name} + {method_label(host)}"
+        case "Ssod":
+            return "SSOD" if method["train"] == "joint" else "SSOD, head only"
+        case "Arpl":
+            return "ARPL+CS" if method["confusing"] else "ARPL"
+        case "Cssr":
+            return "PCSSR" if method["kind"] == "prototype" else "RCSSR"
+        case kind:
+            return kind.lower()
 
 
 def _table(unknown: str, groups: Sequence[Group], baselines: Mapping[str, Judged]) -> Table:
@@ -251,19 +268,23 @@ def _table(unknown: str, groups: Sequence[Group], baselines: Mapping[str, Judged
         for group in groups:
             judged = [run for run in group.runs if run.figure("auroc", unknown, score) is not None]
             if judged:
-                rows.append(_row(score, group.label, judged, unknown, baselines))
+                rows.append(row_of(score, group.label, judged, unknown, baselines))
     known = _range(run.metrics["known"]["n"] for run in runs)
     images = _range(run.metrics["unknown"][unknown]["n"] for run in runs)
     return Table(unknown, f"{known} known and {images} unknown images", tuple(rows))
 
 
-def _row(
+def row_of(
     score: str,
     label: str,
     runs: Sequence[Judged],
     unknown: str,
     baselines: Mapping[str, Judged],
 ) -> Row:
+    """Return the figures of repeated runs under one score; `baselines` by `pair_key`.
+
+    A score that the baseline has not is compared with its largest logit.
+    """
     figures, differences = {}, {}
     for metric in ("accuracy", *METRICS):
         values, changes = [], []
@@ -271,8 +292,10 @@ def _row(
             value = run.figure(metric, unknown, score)
             assert value is not None
             values.append(value)
-            baseline = baselines.get(_pair_key(run))
+            baseline = baselines.get(pair_key(run))
             before = baseline and baseline.figure(metric, unknown, score)
+            if baseline and before is None:
+                before = baseline.figure(metric, unknown, "max_logit")
             if before is not None and not run.is_baseline:
                 changes.append(value - before)
         figures[metric] = Spread(tuple(values))
@@ -297,13 +320,13 @@ def _labels(firsts: Sequence[Judged]) -> list[str]:
             if name not in _REPEATED and any(other.get(name) != value for other in alike)
         ]
         labels.append(f"{base} ({', '.join(differing)})" if differing else base)
-    problems = [_problem(run) for run in firsts]
+    problems = [problem_of(run) for run in firsts]
     if len(set(problems)) == 1:
         return labels
     return [f"{label} [{problem}]" for label, problem in zip(labels, problems, strict=True)]
 
 
-def _problem(run: Judged) -> str:
+def problem_of(run: Judged) -> str:
     """Return the protocol and family that a run was judged by."""
     split = run.metrics["split"]
     return f"{split['protocol']} {split['family']}" if split else "no protocol"
@@ -322,10 +345,17 @@ def _repetition(run: Judged) -> tuple[int, int, list[str], str]:
     return (options["split"]["list"], options["seed"], run.config["classes"], digest)
 
 
-def _pair_key(run: Judged) -> str:
+def pair_key(run: Judged) -> str:
     """Return a key that a run shares with its baseline: all but the method is the same."""
-    method = {name for name in run.options if name.startswith("method.")}
-    return _key(run, _REPEATED | method) + json.dumps(_repetition(run))
+    options = run.options
+    method = {name for name in options if name.startswith("method.")}
+    # ARPL+CS makes two passes an epoch: twice the epochs are the same training.
+    passes = 2 if any(options.get(f"method.{at}confusing") for at in ("", "host.")) else 1
+    length = {"epochs", "optim.milestones"}
+    epochs = options["epochs"] / passes
+    milestones = [at / passes for at in options["optim.milestones"]]
+    kept = _key(run, _REPEATED | method | length)
+    return kept + json.dumps([epochs, milestones, _repetition(run)])
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from backmix.pipeline.batch import Place
 from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.loader import Loader, choose, open_loader
+from backmix.pipeline.options import size_at
 from backmix.pipeline.subset import Subset, hold_out, select
 from backmix.train import protocols
 from backmix.train.check import check
@@ -34,9 +35,10 @@ from backmix.train.checkpoint import (
 from backmix.train.log import Log, Progress, write_status
 from backmix.train.loop import steps
 from backmix.train.methods.build import build as build_method
+from backmix.train.methods.build import build_network
 from backmix.train.methods.method import Method
 from backmix.train.models.build import Model
-from backmix.train.models.build import build as build_model
+from backmix.train.models.weights import begin_with
 from backmix.train.optim import make_optimizer
 from backmix.train.options import Run
 from backmix.train.profile import Profile
@@ -160,7 +162,9 @@ def fresh_network(
 ) -> tuple[Model, torch.optim.Optimizer]:
     """Make the network as the run's seed makes it, in training mode, and its optimizer."""
     torch.manual_seed(run.seed)
-    model = build_model(run.model, classes, run.loader.size)
+    model = build_network(run, classes)
+    if run.init is not None:
+        begin_with(model, run.init)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = make_optimizer(
@@ -289,6 +293,14 @@ def _train_locked(
                 "epoch is a single step; the recipe's learning rate belongs to its batch",
                 final=True,
             )
+        last = size_at(run.loader, run.epochs - 1)
+        if last < run.loader.size:
+            progress.show(
+                f"views end at {last} pixels and never have --loader.size {run.loader.size}: "
+                f"--loader.grow ends at epoch {run.loader.grow[1]}, the run has --epochs "
+                f"{run.epochs}",
+                final=True,
+            )
         log = Log(run.out, lengths)
         try:
             write_status(run.out, "running", state.step)
@@ -376,7 +388,8 @@ def write_row(state: State, log: Log, run: Run) -> None:
         "lr": float(state.optimizer.param_groups[0]["lr"]),
         "grad_norm": sums.pop("grad_norm") / good,
         "bad_steps": void,
-        **{name: value / taken for name, value in sums.items()},
+        # Sorted, as a resumed run takes them from its checkpoint.
+        **{name: value / taken for name, value in sorted(sums.items())},
     }
     named = [number for number in samples if number >= 0]
     if void:

@@ -4,15 +4,16 @@ import json
 import platform
 import shlex
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from backmix.pipeline.beton import BetonSet
 from backmix.pipeline.options import usable_cores
 from backmix.train.checkpoint import newest_step, write_atomically
-from backmix.train.options import MAY_CHANGE, Run
+from backmix.train.options import MAY_CHANGE, METHODS, Run
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,51 @@ def _version() -> str:
 
 
 def as_document(run: Run) -> dict[str, Any]:
-    """Return a run's options as plain JSON values; the method carries its type's name."""
-    document = json.loads(json.dumps(asdict(run), default=str))
-    document["method"] = {"type": type(run.method).__name__, **document["method"]}
-    return document
+    """Return a run's options as plain JSON values; a method carries its type's name."""
+    return _plain(run)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        named = {"type": type(value).__name__} if type(value) in METHODS else {}
+        return named | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def run_of(document: dict[str, Any]) -> Run:
+    """Return the options of a run from the `run` part of its config.json.
+
+    Raises:
+        KeyError, TypeError: the document is of another version, or no run's.
+    """
+    if "method" not in document:  # without, a run of BackMix would pass for one of softmax
+        raise KeyError("method")
+    return _made(Run, document)
+
+
+def _made(kind: type[Any], document: Mapping[str, Any]) -> Any:
+    """Return a dataclass of options from its document; types are those of its fields."""
+    hints = get_type_hints(kind)
+    values = {}
+    for name, value in document.items():
+        if name == "type":
+            continue
+        hint = hints[name]
+        choices = [choice for choice in (hint, *get_args(hint)) if is_dataclass(choice)]
+        if choices:
+            if not isinstance(value, dict):
+                raise TypeError(f"{name} is no section of options: {value!r}")
+            named = [c for c in choices if value.get("type", c.__name__) == c.__name__]  # type: ignore[union-attr]
+            if not named:
+                raise TypeError(f"{name} has no kind {value['type']!r}")
+            values[name] = _made(named[0], value)  # type: ignore[arg-type]
+        elif value is not None and (hint is Path or Path in get_args(hint)):
+            values[name] = tuple(map(Path, value)) if isinstance(value, list) else Path(value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -171,10 +213,13 @@ def refuse_other_options(run: Run) -> None:
         OtherRunError: naming every option that differs.
     """
     if newest_step(run.out):
+        before = read_config(run.out)
+        # `fastest` may have been asked for with a share for dali, and have taken another loader.
+        idle = set() if before["resolved"].get("loader") == "dali" else {"loader.hw_share"}
         changed = [
             f"{name} was {old}, is {new}"
-            for name, old, new in _differences(read_config(run.out)["run"], as_document(run))
-            if name not in MAY_CHANGE
+            for name, old, new in _differences(before["run"], as_document(run))
+            if name not in MAY_CHANGE | idle
         ]
         _refuse(run, changed)
 

@@ -1,6 +1,7 @@
 """The BackMix method: who gives, which cells, what the bank learns."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from backmix.kernels.mix_background import box_fractions, mix_background
+from backmix.kernels.mix_background import box_fractions, mask_views, mix_background
 from backmix.kernels.update_cam_bank import update_cam_bank
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import open_set
-from backmix.train.methods.backmix import BackMixMethod, _area_average, _cell_shares
+from backmix.train.methods.backmix import (
+    BackMixMethod,
+    _area_average,
+    _cell_means,
+    _cell_shares,
+    patch_at,
+)
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.methods.views import full_boxes, unmixed
 from backmix.train.models.build import Model
-from backmix.train.options import BackMix, Optim, Run, Softmax, Split
+from backmix.train.models.heads import linear_head
+from backmix.train.options import BackMix, Optim, Run, Softmax, Split, Ssod
 from backmix.train.run import prepare_run, view_dtype
 from backmix.train.run_folder import Resolved
 from tests.runs import SIDE, tiny_run, tiny_set
@@ -43,10 +51,10 @@ def masks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def method_and_batch(run: Run) -> tuple[BackMixMethod, Batch, Model]:
+def method_and_batch(run: Run, epoch: int = 1) -> tuple[BackMixMethod, Batch, Model]:
     _, state, loader = prepare_run(run, "test", [])
     with loader:
-        batch = next(iter(loader.batches(Place(run.seed, 1))))
+        batch = next(iter(loader.batches(Place(run.seed, epoch))))
     assert isinstance(state.method, BackMixMethod)
     return state.method, batch, state.model
 
@@ -118,7 +126,7 @@ def test_the_bank_learns_the_maps_of_the_batch_and_of_nobody_else(data: Path, so
         plain = batch.pool[batch.rows].permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
             _, features = model(plain)
-            heat = torch.einsum("nc,nchw->nhw", model.head.weight[batch.labels], features)
+            heat = torch.einsum("nc,nchw->nhw", linear_head(model).weight[batch.labels], features)
         low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
         expected = (heat - low) / (high - low)
         stored = method.bank[method.row_of[batch.index]].float()
@@ -293,7 +301,7 @@ def test_maps_enter_the_bank_where_the_network_saw_the_image(data: Path, source:
     update_cam_bank(
         expected,
         features,
-        model.head.weight.detach(),
+        linear_head(model).weight.detach(),
         batch.labels,
         batch.index,
         box=box_fractions(batch.boxes, batch.sizes),
@@ -305,6 +313,202 @@ def test_maps_enter_the_bank_where_the_network_saw_the_image(data: Path, source:
     )
     method.after_backward(batch, out, model, torch.ones(()))
     assert torch.equal(method.bank, expected)
+
+
+def growing(run: Run) -> Run:
+    """Views of 16 pixels in the first epoch, 32 in the others; maps of 2 x 2 and 4 x 4 cells."""
+    return replace(run, loader=replace(run.loader, size=32, grow_from=16, grow=(0, 1)))
+
+
+@pytest.mark.parametrize(("epoch", "side", "cells"), [(0, 16, 2), (1, 32, 4)])
+def test_maps_of_any_size_enter_one_bank_through_the_crop(
+    data: Path, epoch: int, side: int, cells: int
+) -> None:
+    """A cell of the bank takes the map's cell that its centre lies in, here by exact fractions."""
+    run = growing(cropped(data, cam_source="raw", rate=0.5))
+    method, batch, model = method_and_batch(run, epoch)
+    assert batch.pool.shape[1:3] == (side, side) and method.bank.shape[1:] == (4, 4)
+    out = method.loss(method.prepare(batch), batch, model)
+    model.eval()
+    with torch.no_grad():
+        _, features = model(unmixed(batch, method.augment, None))
+    model.train()
+    assert features.shape[2:] == (cells, cells)
+    method.after_backward(batch, out, model, torch.ones(()))
+    weight = linear_head(model).weight[batch.labels].detach()
+    heat = torch.einsum("nc,nchw->nhw", weight, features).double().numpy()
+    shown = 0
+    for n, (y0, x0, height, width) in enumerate(batch.boxes.tolist()):
+        for row in range(4):
+            for column in range(4):
+                stored = float(method.bank[batch.index[n], row, column])
+                # The centre, in shares of the crop; the stored image has 32 pixels.
+                y = (Fraction(2 * row + 1, 8) * 32 - y0) / height
+                x = (Fraction(2 * column + 1, 8) * 32 - x0) / width
+                if not (0 <= y < 1 and 0 <= x < 1):
+                    assert stored == 0.5
+                    continue
+                value = heat[n, int(y * cells), int(x * cells)]
+                value = (value - heat[n].min()) / (heat[n].max() - heat[n].min())
+                assert stored == pytest.approx(0.5 + 0.5 * (value - 0.5), abs=1e-3)
+                shown += 1
+    assert 16 < shown < 16 * 16
+
+
+@pytest.mark.parametrize("position", ["inside", "clipped"])
+def test_patches_grow_with_the_views(data: Path, position: str) -> None:
+    for epoch, side in ((0, 6), (1, 12)):
+        method, batch, _ = method_and_batch(growing(run_of(data, position=position)), epoch)
+        method.prepare(batch)
+        assert method.drawn is not None
+        sides = method.drawn.patch[:, 4:]
+        assert sides.max() == side and (position == "clipped" or (sides == side).all())
+
+
+@pytest.mark.parametrize(
+    ("patch", "full", "side", "expected"),
+    [
+        (112, 224, 160, 80),  # half stays half
+        (112, 224, 224, 112),
+        (8, 32, 16, 4),  # a quarter stays a quarter
+        (5, 32, 16, 3),  # 2.5
+        (75, 160, 128, 60),
+        (1, 224, 32, 1),  # 0.14
+        (224, 224, 160, 160),
+    ],
+)
+def test_a_patch_keeps_its_share_of_the_view(
+    patch: int, full: int, side: int, expected: int
+) -> None:
+    assert patch_at(patch, full, side) == expected
+
+
+def view_pixel(place: int, shift: int, side: int, *, flip: bool, reflect: bool) -> int | None:
+    """The pixel of the view that a pixel of the output shows along one side, None at the border."""
+    place += shift
+    if reflect:
+        place = -place if place < 0 else place
+        place = 2 * (side - 1) - place if place >= side else place
+    if not 0 <= place < side:
+        return None
+    return side - 1 - place if flip else place
+
+
+def slow_regions(method: BackMixMethod, batch: Batch, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a mix knows of its cells, pixel by pixel, with fractions for all places."""
+    drawn, side, stored = method.drawn, batch.pool.shape[1], method.bank.shape[1]
+    assert drawn is not None and drawn.shift is not None
+    boxes = box_fractions(batch.boxes, batch.sizes)
+    box = boxes[drawn.donor] if batch.group else full_boxes(len(batch), torch.device("cpu"))
+    donors = method.row_of[batch.pool_index[drawn.donor]]
+    masked = mask_views(
+        method.masking_bank(), donors, box, drawn.tie, method.mask_cells(), method.mode()
+    )
+    reflect = method.augment.border == "reflect"
+    pasted = np.zeros((len(batch), cells, cells))
+    heat = np.full((len(batch), cells, cells), np.nan)
+    owned = np.zeros((cells, cells))
+    for n in range(len(batch)):
+        sy, sx = drawn.shift[n].tolist()
+        flip = bool(drawn.flip[n])
+        ty, tx, dy, dx, height, width = drawn.patch[n].tolist()
+        for y in range(side):
+            for x in range(side):
+                cell = (n, y * cells // side, x * cells // side)
+                owned[cell[1:]] += n == 0
+                yv = view_pixel(y, sy, side, flip=False, reflect=reflect)
+                xv = view_pixel(x, sx, side, flip=flip, reflect=reflect)
+                if yv is None or xv is None:
+                    continue
+                if not (ty <= yv < ty + height and tx <= xv < tx + width):
+                    continue
+                yd, xd = yv - ty + dy, xv - tx + dx
+                pasted[cell] += not masked[n, yd * stored // side, xd * stored // side]
+        y0, x0, box_height, box_width = batch.boxes[n].tolist()
+        for i in range(cells):
+            for j in range(cells):
+                y, x = ((2 * k + 1) * side // (2 * cells) for k in (i, j))
+                yv = view_pixel(y, sy, side, flip=False, reflect=reflect)
+                xv = view_pixel(x, sx, side, flip=flip, reflect=reflect)
+                if yv is None or xv is None:
+                    continue
+                # In shares of the stored image, whose sides are 32 pixels.
+                y_stored = (y0 + (yv + Fraction(1, 2)) / side * box_height) / SIDE
+                x_stored = (x0 + (xv + Fraction(1, 2)) / side * box_width) / SIDE
+                row = method.row_of[batch.index[n]]
+                heat[n, i, j] = method.bank[row, int(y_stored * stored), int(x_stored * stored)]
+    return pasted / owned, heat
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        ("whole", {}),
+        ("whole", {"fill": "keep", "mask_ratio": 0.6, "patch": 17}),
+        ("whole", {"mask": "none", "position": "clipped"}),
+        ("whole", {"mask": "grey"}),
+        ("whole", {"warmup": 9}),
+        ("resident", {"mask": "inverse"}),
+        ("crops", {"patch": 20}),
+        ("reflect", {"patch": 20}),
+        ("growing", {}),
+    ],
+)
+def test_a_mix_knows_where_it_pasted_and_where_the_targets_map_is_hot(
+    data: Path, change: str, options: dict[str, object]
+) -> None:
+    run = run_of(data, host=Ssod(), **options)
+    run = replace(run, augment=replace(run.augment, pad=6))
+    if change == "resident":
+        run = replace(run, loader=replace(run.loader, loader="resident"))
+    if change in ("crops", "growing"):
+        run = cropped(data, host=Ssod(), **options)
+    if change == "reflect":
+        run = replace(run, augment=replace(run.augment, border="reflect"))
+    if change == "growing":
+        run = growing(run)
+    method, batch, model = method_and_batch(run, epoch=0)
+    method.bank.copy_(torch.rand(method.bank.shape, generator=torch.Generator().manual_seed(0)))
+    method.prepare(batch)
+    assert method.drawn is not None and method.drawn.flip.any() and not method.drawn.flip.all()
+    regions = method._regions(batch, model)
+    assert regions is not None
+    cells = 2 if change == "growing" else 4
+    pasted, heat = slow_regions(method, batch, cells)
+    assert regions.pasted.dtype == regions.heat.dtype == torch.float32
+    assert np.allclose(regions.pasted.numpy(), pasted, rtol=1e-6, atol=0)
+    assert np.array_equal(regions.heat.numpy(), heat, equal_nan=True)
+    nothing = options in ({"mask": "grey"}, {"warmup": 9})
+    assert (pasted.sum() == 0) == nothing
+    assert np.isnan(heat).any() == (change in ("whole", "resident"))
+
+
+def test_a_mixs_cells_may_differ_by_a_pixel() -> None:
+    """22 pixels in 4 cells: 6, 5, 6 and 5 rows; each cell is measured by its own."""
+    pixels = torch.zeros(1, 22, 22, dtype=torch.uint8)
+    pixels[0, 5:11] = 1
+    means = _cell_means(pixels, (4, 4))
+    assert means[0].tolist() == [pytest.approx([share] * 4) for share in (1 / 6, 1.0, 0.0, 0.0)]
+
+
+def test_pixels_are_counted_exactly_under_autocast() -> None:
+    """The method's loss runs under it, and bf16 holds no odd number above 256."""
+    pixels = torch.ones(1, 64, 64, dtype=torch.uint8)
+    pixels[0, 0, 0] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        means = _cell_means(pixels, (2, 2))
+    assert means[0].tolist() == [[1023 / 1024, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize(("pasted", "moves"), [(True, True), (False, False)])
+def test_the_bank_learns_where_only_the_host_asks_for_it(
+    data: Path, pasted: bool, moves: bool
+) -> None:
+    method, batch, model = method_and_batch(run_of(data, mask="grey", host=Ssod(pasted=pasted)))
+    out = method.loss(method.prepare(batch), batch, model)
+    method.after_backward(batch, out, model, torch.ones(()))
+    assert bool((method.bank != 0.5).any()) == moves
+    assert (method._regions(batch, model) is not None) == moves
 
 
 def test_a_replaced_image_writes_no_map(data: Path) -> None:

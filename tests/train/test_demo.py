@@ -17,14 +17,13 @@ from PIL import Image
 from backmix.train import demo
 from backmix.train.demo import (
     METHODS,
-    Job,
     Result,
     final_mask_hit,
     fixed_mask_hit,
     jobs,
     outcome,
-    run_jobs,
 )
+from backmix.train.jobs import Job, run_jobs
 from backmix.train.log import write_status
 
 RESULT = Result(
@@ -173,7 +172,7 @@ def test_a_killed_demo_stops_its_runs(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "status.json")  # `backmix status` waits for someone to write there
     program = (
         "import sys; from collections import deque; from pathlib import Path;"
-        "from backmix.train.demo import Job, run_jobs; out = Path(sys.argv[1]);"
+        "from backmix.train.jobs import Job, run_jobs; out = Path(sys.argv[1]);"
         "run_jobs([Job('long', deque([['status', str(out)]]), out / 'log')], 1, print)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])

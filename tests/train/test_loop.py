@@ -125,10 +125,11 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert fingerprint(other.out) == fingerprint(run.out)
 
 
+@pytest.mark.parametrize("name", METHODS)
 def test_a_stopped_run_with_growing_views_ends_with_the_same_bits(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    run = tiny_run(data, tmp_path / "whole", Softmax())
+    run = tiny_run(data, tmp_path / "whole", METHODS[name])
     grown = replace(run.loader, loader="turbo", size=32, grow_from=16, grow=(0, 2))
     run = replace(run, loader=grown)
     seen = []
@@ -152,14 +153,18 @@ def test_a_stopped_run_with_growing_views_ends_with_the_same_bits(
     assert fingerprint(other.out) == fingerprint(run.out)
 
 
-def test_backmix_does_not_grow_and_says_why(data: Path, tmp_path: Path) -> None:
+def test_views_that_begin_too_small_are_refused(data: Path, tmp_path: Path) -> None:
     run = tiny_run(data, tmp_path / "run", BackMix(patch=8))
     grown = replace(run.loader, loader="turbo", size=32, grow_from=16, grow=(0, 2))
-    with pytest.raises(ValueError, match=r"--loader.grow-from: BackMix keeps .* let softmax grow"):
-        start(replace(run, loader=grown))
-    assert not run.out.exists()
+    with pytest.raises(
+        ValueError, match=r"--loader.grow-from 8: classifier32-half leaves one cell"
+    ):
+        start(replace(run, loader=replace(grown, grow_from=8)))
+    with pytest.raises(ValueError, match=r"--loader.grow-from must be 0 to 32 pixels"):
+        start(replace(run, loader=replace(grown, grow_from=-1)))
     with pytest.raises(ValueError, match=r"--augment.pad must be 0 \.\. 15"):
-        start(replace(run, loader=grown, method=Softmax(), augment=Augment(pad=16)))
+        start(replace(run, loader=grown, augment=Augment(pad=16)))
+    assert not run.out.exists()
 
 
 def test_a_run_remembers_which_loader_was_the_fastest(

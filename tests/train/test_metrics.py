@@ -1,5 +1,6 @@
 """The metrics against hand-worked cases, scikit-learn, and the pair-counting definition."""
 
+import itertools
 import math
 import warnings
 from fractions import Fraction
@@ -8,7 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import (
+    auc,
+    average_precision_score,
+    f1_score,
+    precision_recall_curve,
+    roc_auc_score,
+)
 
 from backmix.train.metrics import (
     acceptance_threshold,
@@ -16,15 +23,19 @@ from backmix.train.metrics import (
     aupr_known,
     aupr_trapz,
     aupr_unknown,
+    aurc,
     auroc,
     auroc_ties_lost,
     ccr_at_fpr,
     dtacc,
     fpr95_known_rejected,
     fpr95_unknown_accepted,
+    macro_f1,
     oscr,
     rejection_threshold,
+    risk_curve,
     roc_curve,
+    with_rejection,
 )
 
 # Worked by hand (M1 pair by pair below) and by independent code. Each row: known scores, correct,
@@ -229,6 +240,72 @@ def test_the_curve_encloses_the_auroc(known, unknown) -> None:
     assert (np.diff(threshold[1:]) < 0).all()
 
 
+@given(sides, sides, st.data())
+def test_the_curve_of_the_right_ones_encloses_the_oscr(known, unknown, data) -> None:
+    right = np.array(data.draw(st.lists(st.booleans(), min_size=len(known), max_size=len(known))))
+    _, accepted, hit = roc_curve(known, unknown, right)
+    area = float(np.trapezoid(hit, accepted))
+    assert area == pytest.approx(oscr(known, right, unknown), abs=1e-12)
+    assert hit[-1] == accuracy(right)
+
+
+def test_the_risk_of_accepting_is_counted_by_hand() -> None:
+    # By score: right, wrong, right. Risks 0, 1/2, 1/3.
+    assert aurc([3, 2, 1], [True, False, True]) == pytest.approx(5 / 18, abs=1e-15)
+    # With an unknown image between the last two: right, wrong, unknown, right: 0, 1/2, 2/3, 2/4.
+    assert aurc([3, 2, 1], [True, False, True], [1.5]) == pytest.approx(5 / 12, abs=1e-15)
+    # A tie of the wrong and the right one: at the second half an error is accepted, 1/4 of risk.
+    assert aurc([3, 2, 2], [True, False, True]) == pytest.approx((0 + 1 / 4 + 1 / 3) / 3, abs=1e-15)
+    threshold, coverage, risk = risk_curve([3, 2, 1, 1.5], [False, True, False, True])
+    assert threshold.tolist() == [3, 2, 1.5, 1]
+    assert coverage.tolist() == [0.25, 0.5, 0.75, 1]
+    assert risk.tolist() == [0, 0.5, 2 / 3, 0.5]
+
+
+@given(sides, sides, st.data())
+def test_the_area_of_risk_is_the_mean_over_all_orders_of_ties(known, unknown, data) -> None:
+    known, unknown = known[:3], unknown[:2]  # 120 orders
+    right = data.draw(st.lists(st.booleans(), min_size=len(known), max_size=len(known)))
+    pool = [*zip(known, [not r for r in right], strict=True), *((u, True) for u in unknown)]
+    areas = []
+    for order in itertools.permutations(pool):
+        ranked = sorted(order, key=lambda image: -image[0])  # stable: ties stay in this order
+        risks = [
+            Fraction(sum(wrong for _, wrong in ranked[:i]), i) for i in range(1, len(ranked) + 1)
+        ]
+        areas.append(sum(risks) / len(risks))
+    expected = float(sum(areas) / len(areas))
+    assert aurc(known, np.array(right), unknown) == pytest.approx(expected, abs=1e-12)
+
+
+@given(sides, st.data())
+def test_the_area_of_risk_lies_between_the_best_and_the_worst_order(known, data) -> None:
+    right = np.array(data.draw(st.lists(st.booleans(), min_size=len(known), max_size=len(known))))
+    best, worst = aurc(right.astype(float), right), aurc(-right.astype(float), right)
+    assert best - 1e-12 <= aurc(known, right) <= worst + 1e-12
+    constant = aurc(np.zeros(len(right)), right)
+    assert constant == pytest.approx(1 - accuracy(right), abs=1e-12)
+
+
+def test_macro_f1_counts_unknown_as_a_class_and_equals_scikit_learn() -> None:
+    # Of class 0 one is rejected, an unknown image is taken for 1: F1 of 2/3, 2/3 and 1/2.
+    predicted = with_rejection([0, 0, 1, 1, 0], [0.9, 0.3, 0.8, 0.7, 0.2], 0.5, classes=2)
+    assert predicted.tolist() == [0, 2, 1, 1, 2]
+    assert macro_f1([0, 0, 1, 2, 2], predicted) == pytest.approx((2 / 3 + 2 / 3 + 1 / 2) / 3)
+    rng = np.random.default_rng(0)
+    labels, guesses = rng.integers(7, size=500), rng.integers(6, size=500)
+    assert macro_f1(labels, guesses) == pytest.approx(f1_score(labels, guesses, average="macro"))
+    # A class without images and predictions is not counted as a failure.
+    assert macro_f1([0, 5], [0, 5]) == 1.0
+
+
+def test_a_threshold_for_f1_accepts_the_image_that_reaches_it() -> None:
+    held_out = np.arange(20) / 20
+    threshold = acceptance_threshold(held_out)
+    assert threshold == 0.05
+    assert with_rejection([0, 0], [0.05, 0.049], threshold, 1).tolist() == [0, 1]
+
+
 def test_nan_is_an_error_that_names_and_counts() -> None:
     bad = np.array([1.0, math.nan, 2.0, math.nan])
     for metric in (*BINARY, auroc_ties_lost, roc_curve):
@@ -252,6 +329,12 @@ def test_an_empty_side_gives_nan_and_says_which() -> None:
         assert math.isnan(accuracy([]))
     with pytest.raises(ValueError, match="1 known, 0 unknown"):
         roc_curve([1.0], [])
+    with pytest.warns(RuntimeWarning, match="no known images"):
+        assert math.isnan(aurc([], np.array([], bool), [1.0]))
+    with pytest.warns(RuntimeWarning, match="no labels images"):
+        assert math.isnan(macro_f1([], []))
+    with pytest.raises(ValueError, match="needs scores, got none"):
+        risk_curve([], [])
 
 
 def test_wrong_shapes_and_kinds_are_named() -> None:
@@ -265,6 +348,14 @@ def test_wrong_shapes_and_kinds_are_named() -> None:
         oscr([1.0, 2.0], [True], [1.0])
     with pytest.raises(ValueError, match=r"a share must be in \(0, 1\], got 0"):
         ccr_at_fpr([1.0], [True], [1.0], 0)
+    with pytest.raises(ValueError, match="labels must be class numbers from 0 on, got -1"):
+        macro_f1([0, -1], [0, 1])
+    with pytest.raises(
+        ValueError, match=r"predicted must be one array \[n\] of class numbers, got f"
+    ):
+        macro_f1([0], [0.5])
+    with pytest.raises(ValueError, match="2 labels but 1 predictions"):
+        macro_f1([0, 1], [0])
 
 
 def test_the_arrays_of_the_caller_stay_as_they_were() -> None:
@@ -276,6 +367,8 @@ def test_the_arrays_of_the_caller_stay_as_they_were() -> None:
         for metric in (*BINARY, auroc_ties_lost, aupr_trapz, roc_curve):
             metric(k, u)
         oscr(k, c, u)
+        aurc(k, c, u)
+        roc_curve(k, u, c)
         ccr_at_fpr(k, c, u, 0.5)
     assert k.tolist() == [3.0, 1.0, 2.0]
 

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from backmix.train.models import build as models
+from backmix.train.models.heads import linear_head
 from backmix.train.models.wrn import WideBlock
 
 # Parameters and multiply-adds of one forward pass, worked by hand from the layer tables.
@@ -52,12 +53,13 @@ def test_every_model_has_the_published_size(name, classes, size, parameters, pro
 @pytest.mark.parametrize("size", [33, 50, 64])
 def test_class_activation_maps_are_exact_and_as_large_as_the_grid_says(name, size):
     model = models.build(name, 5, size).eval()
+    head = linear_head(model)
     with torch.inference_mode():
         logits, features = model(torch.randn(2, 3, size, size))
         assert tuple(features.shape[2:]) == model.grid(size)
         # The mean of the class activation map of class k is logit k, up to the bias.
-        cam = torch.einsum("kc,nchw->nkhw", model.head.weight, features)
-        bias = 0 if model.head.bias is None else model.head.bias
+        cam = torch.einsum("kc,nchw->nkhw", head.weight, features)
+        bias = 0 if head.bias is None else head.bias
         torch.testing.assert_close(cam.mean((2, 3)) + bias, logits, rtol=1e-4, atol=1e-4)
 
 

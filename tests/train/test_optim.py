@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from backmix.train import optim
+from backmix.train.check import check
+from backmix.train.methods.softmax import SoftmaxMethod
+from backmix.train.options import Augment
+from tests.runs import tiny_run
 
 
 def small_model() -> nn.Module:
@@ -139,10 +145,86 @@ def test_cyclic_equals_interpolation_epoch_by_epoch():
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
 
 
+def test_milestones_with_a_warm_up_by_hand():
+    # 5 steps an epoch, one of 20 epochs of warm-up, as CSSR's Tiny-ImageNet recipe has it.
+    def rate(step: int) -> float:
+        return optim.learning_rate(
+            "milestones",
+            step,
+            peak=0.4,
+            steps=100,
+            steps_per_epoch=5,
+            warmup=1 / 20,
+            milestones=(10, 18),
+        )
+
+    rates = [rate(step) for step in range(100)]
+    assert rates[:6] == pytest.approx([0.4 * k / 6 for k in range(1, 6)] + [0.4])
+    assert rates[6:50] == [0.4] * 44
+    assert rates[50] == rates[89] == pytest.approx(0.04) and rates[90] == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize(("epochs", "cycles", "rise"), [(600, 3, 10), (50, 2, 0), (31, 3, 4)])
+def test_restarts_are_the_published_stepping_of_torchs_scheduler(epochs, cycles, rise):
+    """Second form: torch's scheduler, set after each epoch to that epoch's number.
+
+    The warm-up is the published one: rates worked out beforehand, taken while the finished epoch's
+    number is below its length.
+    """
+    peak, cycle = 0.1, epochs // cycles
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        optimizer, T_0=cycle, eta_min=1e-3 * peak
+    )
+    optimizer.step()  # torch wants a step before the scheduler's
+    low, high = 1e-3 * peak, peak
+    target = low + (high - low) * (1 + math.cos(math.pi * rise / cycle)) / 2
+    warm = [low + (target - low) / rise * (n + 1) for n in range(rise)]
+    expected = [low if rise else peak]
+    for finished in range(epochs - 1):
+        if finished < rise:
+            expected.append(warm[finished])
+        else:
+            scheduler.step(finished)
+            expected.append(optimizer.param_groups[0]["lr"])
+
+    per_epoch = 7
+    rates = [
+        optim.learning_rate(
+            "restarts",
+            step,
+            peak=peak,
+            steps=epochs * per_epoch,
+            steps_per_epoch=per_epoch,
+            warmup=rise / epochs,
+            cycles=cycles,
+        )
+        for step in range(epochs * per_epoch)
+    ]
+    np.testing.assert_allclose(rates, np.repeat(expected, per_epoch), rtol=1e-12)
+
+
+def test_smoothing_of_the_other_classes_alone_is_torchs_with_a_larger_share():
+    """Vaze et al. smooth to 1 - s and s / (K - 1), which is torch's with e = s K / (K - 1)."""
+    torch.manual_seed(2)
+    classes, s = 20, 0.9
+    logits, labels = torch.randn(5, classes), torch.arange(5)
+    target = torch.full((5, classes), s / (classes - 1))
+    target[torch.arange(5), labels] = 1 - s
+    expected = -(target * logits.log_softmax(1)).sum(1)
+    method = SoftmaxMethod(Augment(), label_smoothing=s * classes / (classes - 1))
+    features, model = torch.zeros(5, 1, 1, 1), nn.Identity()
+    ours = method.per_sample(logits, features, labels, model)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(ours, expected)
+
+
 @given(st.integers(1, 400), st.integers(1, 50), st.floats(0, 1), st.data())
 def test_no_step_is_wasted_at_rate_zero_and_none_passes_the_peak(steps, per_epoch, warmup, data):
     step = data.draw(st.integers(0, steps - 1))
-    for schedule in ("milestones", "linear", "cosine", "cyclic"):
+    schedules: list[optim.Schedule] = ["milestones", "linear", "cosine", "cyclic"]
+    if steps >= per_epoch:
+        schedules.append("restarts")
+    for schedule in schedules:
         rate = optim.learning_rate(
             schedule,
             step,
@@ -153,3 +235,21 @@ def test_no_step_is_wasted_at_rate_zero_and_none_passes_the_peak(steps, per_epoc
             milestones=(2, 5),
         )
         assert 0 < rate <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cycles": 0}, "--optim.cycles must be 1 .. 1e\\+06, got 0"),
+        ({"cycles": 4}, r"--optim.cycles 4 are more than the epochs \(3\)"),
+        (
+            {"cycles": 2, "warmup": 0.6},
+            "--optim.warmup 0.6 lasts 2 epochs, longer than one",
+        ),
+    ],
+)
+def test_restarts_that_do_not_fit_the_run_are_refused(change, said):
+    run = tiny_run(Path("unused"), Path("unused"))
+    check(replace(run, optim=replace(run.optim, schedule="restarts", cycles=3, warmup=0.3)))
+    with pytest.raises(ValueError, match=said):
+        check(replace(run, optim=replace(run.optim, schedule="restarts", **change)))

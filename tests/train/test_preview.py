@@ -14,7 +14,7 @@ from backmix.pipeline.writer import Record, Writer
 from backmix.train import preview
 from backmix.train.checkpoint import save_checkpoint
 from backmix.train.options import Augment, BackMix, PreviewOptions, Run, Softmax, Split
-from backmix.train.run_folder import as_document
+from backmix.train.run_folder import as_document, run_of
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -317,6 +317,6 @@ def test_the_options_of_a_run_come_back_from_its_document():
         loader=LoaderOptions(scale=(0.2, 1.0)),
         method=BackMix(masks=Path("masks"), mask="oracle"),
     )
-    assert preview.run_options(json.loads(json.dumps(as_document(run)))) == run
+    assert run_of(json.loads(json.dumps(as_document(run)))) == run
     softmax = dataclasses.replace(run, method=Softmax())
-    assert preview.run_options(as_document(softmax)) == softmax
+    assert run_of(as_document(softmax)) == softmax

@@ -36,10 +36,10 @@ def test_every_list_is_whole(one) -> None:
 
 def test_the_families_are_those_that_were_published() -> None:
     every = ("A", "B-cac", "B-dias", "C", "F")
-    assert families("cifar10") == families("svhn") == families("tiny-imagenet") == every
-    assert families("cifar+10") == ("A", "B-cac", "B-dias", "F")
-    assert families("cifar+50") == ("A", "B-cac", "B-dias")
-    assert len(EVERY) == 5 * (5 + 5 + 5 + 4 + 3)
+    assert families("cifar10") == families("svhn") == every
+    assert families("tiny-imagenet") == (*every, "OpenOOD")
+    assert families("cifar+10") == families("cifar+50") == ("A", "B-cac", "B-dias", "F")
+    assert len(EVERY) == 5 * (5 + 5 + 6 + 4 + 4)
 
 
 def test_labels_follow_the_written_order_and_ascend_in_family_c() -> None:
@@ -71,6 +71,28 @@ def test_only_list_four_of_family_a_knows_the_four_vehicles() -> None:
     assert [set(s.known) == vehicles for s in splits("cifar+10", "A")] == [False] * 4 + [True]
     for family in ("B-cac", "B-dias", "F"):
         assert all(s.known == (0, 1, 8, 9) for s in splits("cifar+10", family))
+
+
+def test_the_fifty_of_family_f_begin_with_the_ten() -> None:
+    for number in range(5):
+        fifty, ten = split("cifar+50", "F", number), split("cifar+10", "F", number)
+        assert fifty.unknown[:10] == ten.unknown
+        assert fifty.known == ten.known
+
+
+def test_openoods_tiny_imagenet_lists_are_those_of_a_counted_in_another_order() -> None:
+    # A class that is in several lists has one number in either order.
+    pairs = {
+        pair
+        for one, two in zip(
+            splits("tiny-imagenet", "A"), splits("tiny-imagenet", "OpenOOD"), strict=True
+        )
+        for pair in zip(one.known, two.known, strict=True)
+    }
+    assert len(pairs) < 100  # of 5 x 20, some classes being in several
+    for side in (0, 1):
+        assert len({pair[side] for pair in pairs}) == len(pairs)
+    assert not any(a == b for a, b in pairs)
 
 
 def test_the_fifty_of_list_a_end_in_the_ten() -> None:
@@ -107,7 +129,7 @@ def test_errors_list_what_exists() -> None:
     ):
         split("cifar", "A", 0)
     with pytest.raises(
-        ValueError, match=r"cifar\+50 has no lists of family 'C'; there are A, B-cac"
+        ValueError, match=r"cifar\+50 has no lists of family 'C'; there are A, B-cac, B-dias, F"
     ):
         split("cifar+50", "C", 0)
     with pytest.raises(ValueError, match=r"cifar10 family A has the lists 0\.\.4, not 5"):

@@ -1,20 +1,28 @@
+import base64
+import io
 import json
 import math
 import re
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from backmix.train import metrics, report, results, scores
-from backmix.train.evaluate import judge
+from backmix.train import claims, metrics, report, results, scores
+from backmix.train.evaluate import evaluate
 from backmix.train.figures import acceptance_curve
+from backmix.train.judge import judge, scored
 from backmix.train.log import write_status
-from backmix.train.options import BackMix, Run, Softmax, Split
-from backmix.train.outputs import Outputs, store
+from backmix.train.options import Arpl, BackMix, EvaluateOptions, Run, Softmax, Split, Ssod
+from backmix.train.outputs import Outputs, load_outputs, store
+from backmix.train.run import train
 from backmix.train.run_folder import as_document
+from tests.runs import tiny_run, tiny_set
 
 CLASSES = ["cat", "dog", "<script>alert(1)</script>"]
 METHODS = {
@@ -72,7 +80,12 @@ def write_run(root: Path, kind: str, seed: int, *, split: Split | None = None, *
     unknown = outputs("unknown", "unknown", 40, strength, 10 * seed + 1)
     for one in (known, unknown):
         store(folder / "scores" / f"{one.name}.safetensors", one)
-    document = {"split": None, "classes": CLASSES, "notes": [], **judge(known, [unknown])}
+    document = {
+        "split": None,
+        "classes": CLASSES,
+        "notes": [],
+        **judge(scored(known), [scored(unknown)]),
+    }
     if split and split.protocol:
         document["split"] = {"protocol": split.protocol, "family": "A", "list": split.list}
     (folder / "metrics.json").write_text(json.dumps(document))
@@ -319,7 +332,7 @@ def test_two_unknown_sets_make_two_tables(tmp_path):
     store(run / "scores" / "far.safetensors", other)
     document = json.loads((run / "metrics.json").read_text())
     known = outputs("known", "known", 60, 1.0, 0)
-    document["unknown"] |= judge(known, [other])["unknown"]
+    document["unknown"] |= judge(scored(known), [scored(other)])["unknown"]
     (run / "metrics.json").write_text(json.dumps(document))
     found = results.tables(results.read_all([run]))
     assert [table.unknown for table in found] == ["unknown", "far"]
@@ -334,6 +347,118 @@ def test_runs_judged_on_known_images_only_have_a_page_too(tmp_path):
     (run / "metrics.json").write_text(json.dumps(document))
     report.write_report([run], tmp_path / "report.html")
     assert "judged on known images only" in (tmp_path / "report.html").read_text()
+
+
+# --- what background says -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> list[Path]:
+    """Runs of softmax, of BackMix with SSOD, and of ARPL, trained, and judged on two classes."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("trained")
+    data, test = tiny_set(root / "train.beton"), tiny_set(root / "test.beton", seed=1)
+    methods = {"softmax": Softmax(), "mix": BackMix(patch=20, host=Ssod()), "arpl": Arpl()}
+    for name, method in methods.items():
+        run = tiny_run(data, root / name, method, model="classifier32-quarter", save_steps=0)
+        run = replace(run, split=Split(known=("a", "b")))
+        assert train(run, f"test-{name}", ["backmix", "train"]) == 0
+        evaluate(run.out, EvaluateOptions(test=(test,), threads=1, device="cpu"))
+    return [root / name for name in methods]
+
+
+@pytest.fixture(scope="module")
+def claimed(trained, tmp_path_factory) -> tuple[str, str]:
+    """Return the page of these runs and the Markdown that came with it."""
+    path = tmp_path_factory.mktemp("claimed") / "report.html"
+    text = report.write_report(trained, path)
+    return path.read_text(encoding="utf-8"), text
+
+
+def test_the_page_shows_what_background_says(claimed):
+    page = claimed[0]
+    pictures = re.findall(r'<img src="data:image/(\w+);base64,([^"]+)" alt="([^"]*)"', page)
+    assert len(pictures) == 2  # what BackMix mixes, and what SSOD samples
+    for _, data, alt in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            image.load()
+            assert image.width > 800
+        assert len(alt) > 100
+    assert "a with a patch of" in pictures[0][2] and "the donor&#39;s map" in pictures[0][2]
+    assert re.search(r"Locations sampled: [ab]: \d+ known, \d+ unknown", pictures[1][2])
+    titles = re.findall(r"<h3 id=.(?:evidence|features-\d).>([^<]*)</h3>", page)
+    assert titles == [
+        "Class evidence of background cells",
+        *(f"Directions of features: {label}" for label in ("softmax", "BackMix + SSOD", "ARPL")),
+    ]
+    assert "cells of pasted background, from training images" in page
+    (missing,) = re.findall(r"<p>Not shown here:</p>\s*<ul>(.*?)</ul>", page, re.DOTALL)
+    # In three epochs softmax may have become sure enough of some location, or not.
+    assert "ARPL, what stands in" in missing and "BackMix" not in missing
+    assert len(page) < 2_000_000
+
+
+def test_the_evidence_on_the_page_is_that_of_the_images(trained, claimed):
+    run = trained[0]
+    stored = load_outputs(run / "scores" / "unknown.safetensors")
+    network = claims.open_network(run)
+    seen = claims.look(network, claims.stored_images(stored, 512))
+    found = claims.background_evidence(network, seen)
+    row = f"<td>softmax</td><td>unknown</td><td>20</td><td>{found.of_background.mean():.2f}</td>"
+    assert row in claimed[0]
+    assert f"<td>{found.of_rest.mean():.2f}</td><td>{found.largest.mean():.2f}</td>" in claimed[0]
+
+
+def test_own_scores_come_first_and_the_others_are_folded_away(trained, claimed):
+    page, text = claimed
+    shown, folded = re.findall(r'aria-label="(?:Results|Further scores) on unknown">.*?</table>',
+                               page, re.DOTALL)  # fmt: skip
+    scores = [re.findall(r'scope="rowgroup"[^>]*>([^<]*)<', part) for part in (shown, folded)]
+    assert scores[0] == ["ssod", "ssod_joint", "arpl", "arpl_dot", "MaxLogit", "MSP", "Energy"]
+    stored = set(
+        json.loads((trained[0] / "metrics.json").read_text())["unknown"]["unknown"]["scores"]
+    )
+    assert set(scores[1]) == set(stored) - {"max_logit", "msp", "energy"} and scores[1]
+    assert (
+        "<summary>" in page[: page.index('aria-label="Further scores')].rsplit("</details>", 1)[-1]
+    )
+    assert "| ssod | BackMix + SSOD |" in text and "| gen |" not in text
+    # A score that only one method has is a curve of that method alone.
+    assert "ssod: BackMix + SSOD" in page and "ssod: softmax" not in page
+
+
+def test_curves_of_stored_scores_are_those_of_the_scores(trained):
+    run = results.read_judged(trained[1])
+    curve = report._curve(run, "unknown", "ssod", "auroc")
+    known, unknown = (o.extras["rejection"] for o in (run.known, run.unknown["unknown"]))
+    want = acceptance_curve(known, np.ones(len(known), bool), unknown, np.linspace(0, 1, 201))
+    np.testing.assert_allclose(curve, want)
+
+
+def test_data_that_moved_leave_sentences(trained, tmp_path):
+    """The training set is gone: evidence of the test sets stays, locations go."""
+    for run in trained[:2]:
+        shutil.copytree(run, tmp_path / run.name)
+        config = json.loads((tmp_path / run.name / "config.json").read_text())
+        for section in (config["data"], config["run"]):
+            section["files" if "files" in section else "data"] = [str(tmp_path / "gone.beton")]
+        (tmp_path / run.name / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "report.html"
+    report.write_report([tmp_path / "softmax", tmp_path / "mix"], out)
+    page = out.read_text()
+    (missing,) = re.findall(r"<p>Not shown here:</p>\s*<ul>(.*?)</ul>", page, re.DOTALL)
+    assert "BackMix + SSOD, sampled locations: the training data are not there" in missing
+    assert missing.count("what stands in for unknown images") == 2
+    assert "There is no picture:" in page and 'id="evidence"' in page and 'id="features-2"' in page
+
+
+def test_a_network_that_is_damaged_leaves_a_sentence(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"nonsense")
+    report.write_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "softmax: " in page and "model.safetensors is damaged" in page
+    assert 'id="evidence"' not in page
 
 
 # --- bad input ----------------------------------------------------------------------------------

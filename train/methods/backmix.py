@@ -6,13 +6,12 @@ Fore-Background Priors" (TPAMI 2025). The two operations are `kernels/mix_backgr
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backmix.kernels.mix_background import (
@@ -27,10 +26,18 @@ from backmix.pipeline import draws
 from backmix.pipeline.batch import Batch
 from backmix.pipeline.beton import BetonSet
 from backmix.pipeline.subset import Subset
-from backmix.train.methods.method import Out
-from backmix.train.methods.views import DeviceDraws, border_of, full_boxes, to_device, unmixed
+from backmix.train.methods.method import HostMethod, Out, Regions
+from backmix.train.methods.views import (
+    DeviceDraws,
+    border_of,
+    full_boxes,
+    to_device,
+    unmixed,
+    with_pool,
+)
 from backmix.train.models.build import Model
-from backmix.train.options import Augment, BackMix
+from backmix.train.models.heads import cam_inputs
+from backmix.train.options import Augment, BackMix, Ssod
 
 COOL_TRIES = 8
 """Places tried for `onto = cool`."""
@@ -41,8 +48,9 @@ class BackMixMethod:
     """Mix, train on the mix under the target's label, keep the activation maps of all images."""
 
     options: BackMix
+    host: HostMethod
+    """What is trained on the mixes."""
     augment: Augment
-    label_smoothing: float
     bank: Tensor
     """fp16 [N, g, g']: one map per training sample, in the frame of the stored image."""
     truth: Tensor | None
@@ -51,6 +59,9 @@ class BackMixMethod:
     """int64 [samples]: bank row of a sample number, -1 outside the training subset."""
     label_of: np.ndarray
     """int64 [samples], on the host: label of a sample number, -1 outside the training subset."""
+    side: int | None = None
+    """Side of the views that `options.patch` is given for [pixels]; in smaller ones, while views
+    grow, the patch keeps its share of the side. None = patches have that side in all views."""
     views: torch.dtype = torch.float32
     """dtype of the images that the network is given."""
     drawn: DeviceDraws | None = None
@@ -60,8 +71,9 @@ class BackMixMethod:
 
     @property
     def learns(self) -> bool:
-        """Whether the masks depend on the bank, so that it must be kept up to date."""
-        return self.options.mask in ("cam", "inverse") or self.options.onto == "cool"
+        """Whether anything depends on the bank, so that it must be kept up to date."""
+        masked = self.options.mask in ("cam", "inverse")
+        return masked or self.options.onto == "cool" or self._asked_for_regions()
 
     def prepare(self, batch: Batch) -> Tensor:
         """Draw for every image and return the mixed, flipped, shifted, normalised views."""
@@ -79,7 +91,7 @@ class BackMixMethod:
                 pool_rows=len(pool_index),
                 group=batch.group,
                 size=(height, width),
-                patch=options.patch,
+                patch=patch_at(options.patch, self.side or height, height),
                 position=options.position,
                 probability=options.probability if epoch >= options.warmup else 0.0,
                 flip=self.augment.flip,
@@ -94,52 +106,53 @@ class BackMixMethod:
         self.drawn = drawn
 
         bank = self.masking_bank()
-        bank_row = self.row_of[batch.pool_index[drawn.donor]]
-        # A batch pool shows crops, row i of the pool being image i; a resident one whole images.
-        boxes = box_fractions(batch.boxes, batch.sizes)
-        box = boxes[drawn.donor] if batch.group else full_boxes(len(batch), device)
+        bank_row, box = self._donor_views(batch, drawn)
         cells = self.mask_cells()
         self.scalars = self._hits(bank, bank_row, cells, drawn)
-        return mix_background(
-            batch.pool,
-            batch.rows,
-            drawn.donor,
-            bank=bank,
-            bank_row=bank_row,
-            box=box,
-            patch=drawn.patch,
-            flip=drawn.flip,
-            shift=drawn.shift,
-            tie=drawn.tie,
-            mask_cells=cells,
-            mean=self.augment.mean,
-            std=self.augment.std,
-            fill=self._fill(batch, drawn),
-            pad=border_of(self.augment),
-            mode=self.mode(),
-            dtype=self.views,
-        )
+
+        def mix(flip: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+            return mix_background(
+                batch.pool,
+                batch.rows,
+                drawn.donor,
+                bank=bank,
+                bank_row=bank_row,
+                box=box,
+                patch=drawn.patch,
+                flip=flip,
+                shift=shift,
+                tie=drawn.tie,
+                mask_cells=cells,
+                mean=self.augment.mean,
+                std=self.augment.std,
+                fill=self._fill(batch, drawn),
+                pad=border_of(self.augment),
+                mode=self.mode(),
+                dtype=dtype,
+            )
+
+        return with_pool(mix, batch, self.augment, drawn, self.views)
 
     def loss(self, images: Tensor, batch: Batch, model: Model) -> Out:
-        """Return the cross-entropy of the mix; with raw+loss, plus that of the plain views."""
+        """Return the host's loss of the mix; with raw+loss, plus that of the plain views."""
         options = self.options
         if options.cam_source == "raw+loss":
             n = len(batch)
             both = torch.cat([images, unmixed(batch, self.augment, None, self.views)])
             both = both.contiguous(memory_format=torch.channels_last)
             logits, features = model(both)
-            per_sample = self._entropy(logits, batch.labels.repeat(2))
+            per_sample = self.host.per_sample(logits, features, batch.labels.repeat(2), model)
             mixed, raw = per_sample[:n], per_sample[n:]
             loss = mixed.mean() + options.raw_weight * raw.mean()
             per_sample = (mixed + options.raw_weight * raw).detach()
             return Out(loss, logits[:n], features[n:], per_sample, self.scalars or {})
-        logits, features = model(images)
-        per_sample = self._entropy(logits, batch.labels)
-        return Out(per_sample.mean(), logits, features, per_sample.detach(), self.scalars or {})
+        out = self.host.loss(images, batch, model, self._regions(batch, model))
+        return replace(out, scalars={**out.scalars, **(self.scalars or {})})
 
     def after_backward(self, batch: Batch, out: Out, model: Model, alive: Tensor) -> None:
         """Write the images' activation maps into the bank, with the weights that made them."""
-        if not self.learns:
+        self.host.after_backward(batch, out, model, alive)
+        if not self.learns or not self.host.learns_maps(batch.place.epoch):
             return
         options = self.options
         features = out.features.detach()
@@ -152,10 +165,11 @@ class BackMixMethod:
         mixed = options.cam_source == "mix"
         drawn = self.drawn
         assert drawn is not None
+        maps, weights = cam_inputs(model.head, features)
         update_cam_bank(
             self.bank,
-            features,
-            model.head.weight.detach(),
+            maps,
+            weights,
             batch.labels,
             # A replaced image may also be in the batch itself: its row has one writer only.
             torch.where(batch.status == 2, -1, self.row_of[batch.index]),
@@ -169,17 +183,70 @@ class BackMixMethod:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the bank: masks of the next epoch are read from it."""
-        return {"bank": self.bank}
+        """Return the bank, which masks of the next epoch are read from, and the host's state."""
+        return {"bank": self.bank, **{f"host.{k}": v for k, v in self.host.tensors().items()}}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the bank back."""
+        """Take the bank and the host's state back."""
         self.bank.copy_(tensors["bank"])
+        own = {k.removeprefix("host."): v for k, v in tensors.items() if k.startswith("host.")}
+        self.host.load(own)
 
-    def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(
-            logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
+    def _asked_for_regions(self) -> bool:
+        """Return whether the host learns from what the mix knows of its cells."""
+        host = self.options.host
+        return isinstance(host, Ssod) and host.pasted
+
+    def _regions(self, batch: Batch, model: Model) -> Regions | None:
+        """Return what the mix knows of its cells, where the host asks for it."""
+        if not self._asked_for_regions():
+            return None
+        drawn, (height, width) = self.drawn, batch.pool.shape[1:3]
+        assert drawn is not None
+        # The mix of a donor that is 1 everywhere with a target that is 0 is what was pasted.
+        pool = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=batch.pool.device)
+        pool[1] = 1
+        target = torch.zeros_like(batch.rows)
+        bank_row, box = self._donor_views(batch, drawn)
+        reflect = self.augment.border == "reflect"
+        pasted = mix_background(
+            pool,
+            target,
+            target + 1,
+            bank=self.masking_bank(),
+            bank_row=bank_row,
+            box=box,
+            patch=drawn.patch,
+            flip=drawn.flip,
+            shift=drawn.shift,
+            tie=drawn.tie,
+            mask_cells=self.mask_cells(),
+            mean=(0, 0, 0),
+            std=(1, 1, 1),
+            fill="keep",
+            pad="reflect" if reflect else (0, 0, 0),
+            mode=self.mode(),
+            dtype=torch.uint8,
         )
+        grid = model.grid(height)
+        heat = mix_heat(
+            self.bank,
+            self.row_of[batch.index],
+            box_fractions(batch.boxes, batch.sizes),
+            flip=drawn.flip,
+            shift=drawn.shift,
+            size=(height, width),
+            grid=grid,
+            reflect=reflect,
+        )
+        return Regions(_cell_means(pasted[..., 0], grid), heat)
+
+    def _donor_views(self, batch: Batch, drawn: DeviceDraws) -> tuple[Tensor, Tensor]:
+        """Return the donors' bank rows, int64 [n], and what their pool rows show, int32 [n, 4]."""
+        # A batch pool shows crops, row i of the pool being image i; a resident one whole images.
+        boxes = box_fractions(batch.boxes, batch.sizes)
+        box = boxes[drawn.donor] if batch.group else full_boxes(len(batch), boxes.device)
+        return self.row_of[batch.pool_index[drawn.donor]], box
 
     def mask_cells(self) -> int:
         """Return how many cells of a donor are masked."""
@@ -258,6 +325,84 @@ class BackMixMethod:
         corner = torch.cat([places.gather(1, best) for places in corners], dim=1).to(torch.int32)
         patch = torch.cat([corner, drawn.patch[:, 2:]], dim=1).contiguous()
         return DeviceDraws(drawn.flip, drawn.shift, drawn.donor, patch, drawn.tie)
+
+
+def patch_at(patch: int, full: int, side: int) -> int:
+    """Return the side of a patch in views of another side, at the same share of it [pixels].
+
+    Rounded to nearest, halves up, and at least 1.
+
+    Args:
+        patch: side of the patch in views of side `full`, 1 .. full.
+        full: side of the views that `patch` is given for.
+        side: side of the views at hand, at least 1.
+    """
+    return max(1, (2 * patch * side + full) // (2 * full))
+
+
+def mix_heat(
+    bank: Tensor,
+    bank_row: Tensor,
+    box: Tensor,
+    *,
+    flip: Tensor,
+    shift: Tensor | None,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    reflect: bool,
+) -> Tensor:
+    """Return maps of the bank in the frame of the training views, float32 [n, *grid].
+
+    A cell takes the value of the stored cell that its centre shows, through shift, flip and crop;
+    NaN where it shows the border. The centre is a pixel, the lower right one of the middle four.
+
+    Args:
+        bank: maps in the frame of the stored images, fp16 or fp32 [m, g, g'].
+        bank_row: the images' rows of it, int64 [n].
+        box: the images' crops as 16.16 fractions of the stored image, int32 [n, 4] as y0, x0, h, w.
+        flip: whether the view was mirrored, bool [n].
+        shift: which pixel of the flipped view the output's first one shows, int32 [n, 2]; None = 0.
+        size: height and width of the view [pixels].
+        grid: cells of the last feature map.
+        reflect: whether the border mirrors the view, so that every cell shows something.
+    """
+    y0, x0, height, width = box.long()[:, :, None].unbind(1)
+    none = torch.zeros_like(y0)
+    sy, sx = (none, none) if shift is None else shift.long()[:, :, None].unbind(1)
+    places = []
+    for start, length, moved, mirrored, pixels, cells, stored in (
+        (y0, height, sy, None, size[0], grid[0], bank.shape[1]),
+        (x0, width, sx, flip, size[1], grid[1], bank.shape[2]),
+    ):
+        cell = torch.arange(cells, device=bank.device)
+        pixel = (2 * cell + 1) * pixels // (2 * cells) + moved
+        if reflect:
+            pixel = (pixels - 1) - ((pixels - 1) - pixel.abs()).abs()
+        shown = (pixel >= 0) & (pixel < pixels)
+        if mirrored is not None:
+            pixel = torch.where(mirrored[:, None], pixels - 1 - pixel, pixel)
+        centre = 2 * pixels * start + (2 * pixel + 1) * length
+        place = (centre * stored // (2 * pixels * 65536)).clamp(0, stored - 1)
+        places.append((place, shown))
+    (row, row_shown), (column, column_shown) = places
+    sample = torch.arange(len(bank_row), device=bank.device)[:, None, None]
+    heat = bank.index_select(0, bank_row)[sample, row[:, :, None], column[:, None, :]].float()
+    return torch.where(row_shown[:, :, None] & column_shown[:, None, :], heat, torch.nan)
+
+
+def _cell_means(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the mean of each cell's pixels, float32 [n, *grid] of small integers [n, H, W].
+
+    Pixel y belongs to cell (y * cells) // H. The sums are exact.
+    """
+    owned = []
+    for side, cells in zip(pixels.shape[1:], grid, strict=True):
+        cell = torch.arange(side, device=pixels.device) * cells // side
+        owned.append((cell == torch.arange(cells, device=pixels.device)[:, None]).float())
+    rows, columns = owned
+    with torch.autocast(pixels.device.type, enabled=False):
+        sums = rows @ pixels.float() @ columns.T
+    return sums / (rows.sum(1)[:, None] * columns.sum(1))
 
 
 def _cell_shares(corner: Tensor, extent: Tensor, side: int, cells: int) -> Tensor:

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backmix.pipeline.batch import Batch
-from backmix.pipeline.draws import mix_draws
-from backmix.train.methods.method import Out
-from backmix.train.methods.views import to_device, unmixed
+from backmix.train.methods.method import Out, Regions
+from backmix.train.methods.views import augmented
 from backmix.train.models.build import Model
 from backmix.train.options import Augment
 
@@ -26,29 +25,25 @@ class SoftmaxMethod:
 
     def prepare(self, batch: Batch) -> Tensor:
         """Return the augmented views; no patch is ever pasted."""
-        height, width = batch.pool.shape[1:3]
-        drawn = mix_draws(
-            batch.place.seed,
-            batch.place.epoch,
-            batch.host.index,
-            rows=batch.host.rows,
-            pool_rows=len(batch.pool),
-            group=batch.group,
-            size=(height, width),
-            patch=1,
-            probability=0.0,
-            flip=self.augment.flip,
-            pad=self.augment.pad,
-        )
-        return unmixed(batch, self.augment, to_device(drawn, batch.pool.device), self.views)
+        return augmented(batch, self.augment, self.views)
 
-    def loss(self, images: Tensor, batch: Batch, model: Model) -> Out:
+    def loss(
+        self, images: Tensor, batch: Batch, model: Model, regions: Regions | None = None
+    ) -> Out:
         """Return the cross-entropy of the views."""
         logits, features = model(images)
-        per_sample = F.cross_entropy(
-            logits.float(), batch.labels, reduction="none", label_smoothing=self.label_smoothing
-        )
+        per_sample = self.per_sample(logits, features, batch.labels, model)
         return Out(per_sample.mean(), logits, features, per_sample.detach())
+
+    def per_sample(self, logits: Tensor, features: Tensor, labels: Tensor, model: Model) -> Tensor:
+        """Return the cross-entropy of each image."""
+        return F.cross_entropy(
+            logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
+        )
+
+    def learns_maps(self, epoch: int) -> bool:
+        """Return True: every step shows the bank something."""
+        return True
 
     def after_backward(self, batch: Batch, out: Out, model: Model, alive: Tensor) -> None:
         """Learn nothing: there is no bank."""

@@ -1,5 +1,6 @@
-"""Views of a batch without a donor: augmented for training, or plain; and draws on the device."""
+"""Views of a batch, plain or augmented for training, and draws on the device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from backmix.kernels.mix_background import mix_background
 from backmix.pipeline.batch import Batch
-from backmix.pipeline.draws import MixDraws
+from backmix.pipeline.draws import MixDraws, mix_draws
+from backmix.train.augmentations import cssr, cssr_contrast, randaugment
 from backmix.train.options import Augment
 
 FULL = 65536
@@ -67,17 +69,35 @@ def unmixed(
         drawn: flips and shifts to apply; None = the plain views.
         dtype: of the views.
     """
-    n, device = len(batch), batch.pool.device
+    if drawn is None:
+        still = torch.zeros(len(batch), dtype=torch.bool, device=batch.pool.device)
+        return _shown(batch.pool, batch.rows, augment, still, None, dtype)
+    return _shown(batch.pool, batch.rows, augment, drawn.flip, drawn.shift, dtype)
+
+
+def _shown(
+    pool: Tensor,
+    rows: Tensor,
+    augment: Augment,
+    flip: Tensor,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return rows of a pool, flipped, shifted and normalised; as `mix_background` without donors.
+
+    Of dtype uint8, which is not normalised, [n, H, W, 3].
+    """
+    n, device = len(rows), pool.device
     return mix_background(
-        batch.pool,
-        batch.rows,
-        batch.rows,
+        pool,
+        rows,
+        rows,
         bank=torch.zeros(1, 1, 1, device=device),
         bank_row=torch.zeros(n, dtype=torch.int64, device=device),
         box=full_boxes(n, device),
         patch=torch.zeros(n, 6, dtype=torch.int32, device=device),
-        flip=torch.zeros(n, dtype=torch.bool, device=device) if drawn is None else drawn.flip,
-        shift=None if drawn is None else drawn.shift,
+        flip=flip,
+        shift=shift,
         tie=torch.zeros(n, dtype=torch.int32, device=device),
         mask_cells=0,
         mean=augment.mean,
@@ -86,6 +106,73 @@ def unmixed(
         mode="none",
         dtype=dtype,
     )
+
+
+def augmented(batch: Batch, augment: Augment, dtype: torch.dtype) -> Tensor:
+    """Return the training views of a method that mixes nothing, [n, 3, H, W] channels-last."""
+    height, width = batch.pool.shape[1:3]
+    drawn = mix_draws(
+        batch.place.seed,
+        batch.place.epoch,
+        batch.host.index,
+        rows=batch.host.rows,
+        pool_rows=len(batch.pool),
+        group=batch.group,
+        size=(height, width),
+        patch=1,
+        probability=0.0,
+        flip=augment.flip,
+        pad=augment.pad,
+    )
+    moved = to_device(drawn, batch.pool.device)
+
+    def make(flip: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _shown(batch.pool, batch.rows, augment, flip, shift, dtype)
+
+    return with_pool(make, batch, augment, moved, dtype)
+
+
+def with_pool(
+    make: Callable[[Tensor, Tensor | None, torch.dtype], Tensor],
+    batch: Batch,
+    augment: Augment,
+    drawn: DeviceDraws,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return training views with the strong operations of `augment.pool` at their place.
+
+    RandAugment comes before flip and shift, CSSR's operations after them; both before normalising.
+
+    Args:
+        make: (flip, shift, dtype) -> views, which may be mixes, as `mix_background` returns them:
+            of a float dtype normalised, [n, 3, H, W], of uint8 not, [n, H, W, 3].
+        batch: the images, for their sample numbers.
+        augment: the pool, normalisation and border.
+        drawn: flips and shifts.
+        dtype: of the result.
+
+    Returns [n, 3, H, W] channels-last.
+    """
+    if augment.pool == "none":
+        return make(drawn.flip, drawn.shift, dtype)
+    seed, epoch, index = batch.place.seed, batch.place.epoch, batch.host.index
+    rows = torch.arange(len(batch), device=batch.pool.device)
+    still = torch.zeros_like(drawn.flip)
+    if augment.pool == "randaugment":
+        images = randaugment(
+            make(still, None, torch.uint8),
+            seed,
+            epoch,
+            index,
+            operations=augment.operations,
+            magnitude=augment.magnitude,
+            moves=augment.moves,
+        )
+        return _shown(images, rows, augment, drawn.flip, drawn.shift, dtype)
+    images = cssr(make(drawn.flip, drawn.shift, torch.uint8), seed, epoch, index)
+    views = _shown(images, rows, augment, still, None, dtype)
+    scale = torch.from_numpy(cssr_contrast(seed, epoch, index))
+    return views.mul_(scale.to(views.device, non_blocking=True)[:, None, None, None])
 
 
 def full_boxes(n: int, device: torch.device) -> Tensor:

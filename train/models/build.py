@@ -1,7 +1,8 @@
 """The networks by name.
 
-Each returns (logits [n, K], feature map [n, C, g, g]) with logits = head(map.mean((2, 3))), so the
-class activation map of class k is the map times row k of the head's weight, exactly.
+Each returns (logits [n, K], feature map [n, C, g, g]). With the linear head that they are made
+with, logits = head(map.mean((2, 3))), so the class activation map of class k is the map times row k
+of the head's weight, exactly; methods put other heads in its place (`heads.py`).
 """
 
 from backmix.train.models.classifier32 import Classifier32

@@ -7,6 +7,8 @@ directly, so the class activation map of class k is the map times row k of the h
 
 from torch import Tensor, nn
 
+from backmix.train.models.heads import Head, classify
+
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
     return [
@@ -19,7 +21,9 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 class Classifier32(nn.Module):
     """Nine convolutions, strides 1 1 2 three times; a head without bias."""
 
-    head: nn.Linear
+    head: Head
+    rejection: nn.Linear | None
+    """SSOD's head, known = positive; None where the method has none."""
 
     def __init__(self, classes: int, width: int = 64, dropout: float = 0.2):
         """Make the network with freshly drawn weights.
@@ -47,6 +51,7 @@ class Classifier32(nn.Module):
             *_convolution(wide, wide, stride=2),
         )
         self.head = nn.Linear(wide, classes, bias=False)
+        self.rejection = None
         for module in self.features:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.05)
@@ -56,7 +61,7 @@ class Classifier32(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [n, K] and the last feature map [n, 2 * width, g, g]."""
         features = self.features(images)
-        return self.head(features.mean((2, 3))), features
+        return classify(self.head, features), features
 
     def grid(self, size: int) -> tuple[int, int]:
         """Return the height and width of the feature map for images of side `size` pixels."""

@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from backmix.train.models.heads import Head, classify
+
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     """Return the projection that a change of shape needs; None where the input fits as it is."""
@@ -98,21 +100,22 @@ class ResNet(nn.Module):
         self.layer2 = _stage(block, 64 * block.expansion, 128, depths[1], stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, depths[2], stride=2)
         self.layer4 = _stage(block, 256 * block.expansion, 512, depths[3], stride=2)
-        self.fc = nn.Linear(512 * block.expansion, classes)
+        self.fc: Head = nn.Linear(512 * block.expansion, classes)
+        self.rejection: nn.Linear | None = None
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @property
-    def head(self) -> nn.Linear:
-        """The linear layer after pooling; its parameters are named `fc.*` as in torchvision."""
+    def head(self) -> Head:
+        """What reads the map; a linear layer's parameters are named `fc.*` as in torchvision."""
         return self.fc
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [n, K] and the last feature map [n, C, g, g], C = 512 or 2048."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.head(features.mean((2, 3))), features
+        return classify(self.head, features), features
 
     def grid(self, size: int) -> tuple[int, int]:
         """Return the height and width of the feature map for images of side `size` pixels."""

@@ -10,6 +10,8 @@ import math
 
 from torch import Tensor, nn
 
+from backmix.train.models.heads import Head, classify
+
 
 def _normalise(channels: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(channels, momentum=0.001), nn.LeakyReLU(0.1, inplace=True))
@@ -40,7 +42,9 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """Three stages of wide blocks, by default 64, 128 and 256 channels; the map is side / 4."""
 
-    head: nn.Linear
+    head: Head
+    rejection: nn.Linear | None
+    """SSOD's head, known = positive; None where the method has none."""
 
     def __init__(self, classes: int, depth: int = 6, widen: int = 4):
         """Make the network with freshly drawn weights.
@@ -63,6 +67,7 @@ class WideResNet(nn.Module):
             nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, _normalise(inputs)
         )
         self.head = nn.Linear(inputs, classes)
+        self.rejection = None
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 side = module.kernel_size[0]
@@ -73,7 +78,7 @@ class WideResNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [n, K] and the last feature map [n, 64 * widen, g, g]."""
         features = self.features(images)
-        return self.head(features.mean((2, 3))), features
+        return classify(self.head, features), features
 
     def grid(self, size: int) -> tuple[int, int]:
         """Return the height and width of the feature map for images of side `size` pixels."""

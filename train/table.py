@@ -1,0 +1,210 @@
+"""`backmix table`: a grid of class lists, methods and seeds, trained, judged and laid side by side.
+
+Every cell is a run folder that the usual commands made; the command lines stand in its config.json.
+What is finished is not done again, so the same command goes on after an interruption, and a wider
+grid in the same folder keeps the cells that are there.
+"""
+
+import json
+import re
+import shlex
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backmix.pipeline.options import usable_cores
+from backmix.train import protocols
+from backmix.train.checkpoint import write_atomically
+from backmix.train.jobs import Job, Say, finished, run_jobs
+from backmix.train.log import Progress
+from backmix.train.options import Arpl, Run, TableOptions, host_of
+from backmix.train.recipes import METHOD_ROWS, RECIPES
+from backmix.train.results import read_all
+from backmix.train.table_page import table_document, table_page
+
+SMALL = (
+    "--model classifier32-quarter --epochs 12 --loader.batch 128 --optim.kind sgd --optim.lr 0.1 "
+    "--optim.momentum 0.9 --optim.weight-decay 5e-4 --optim.schedule cosine --optim.warmup 0.1 "
+    "--threads 1"
+)
+"""Options of --budget small: one network of 63,000 parameters and one short schedule for all."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    name: str
+    """Name of its folder: method, class list, seed."""
+    recipe: str
+    options: tuple[str, ...]
+    """Options of `backmix train`, without data and folder."""
+
+
+def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
+    """Train and judge all cells of a grid; write OUT/table.md and OUT/table.json.
+
+    Args:
+        base: the recipes' name without the method: cifar10, svhn, cifar10-wrn, ...
+        options: the grid.
+        say: takes lines of progress, and the table at the end.
+
+    Returns 0, or 1 where cells failed: the others are done and are in the table.
+
+    Raises:
+        ValueError: what is wrong with the grid, or what made every cell fail.
+        OSError: a file could not be written.
+    """
+    grid = cells(base, options)
+    if not options.data or not options.test:
+        raise ValueError("a table needs both sets: --data TRAIN.beton --test TEST.beton")
+    runs = options.out / "runs"
+    left = [job for cell in grid if (job := _job(cell, runs, options)) is not None]
+    workers = max(1, min(options.workers or usable_cores(), len(left)))
+    say(
+        f"{len(grid)} cells, {len(grid) - len(left)} of them finished; {workers} at a time "
+        f"in {runs}"
+    )
+    watch = _Watch(left, runs, grid, quiet=options.quiet)
+    failed = run_jobs(left, workers, say, keep_going=True, watch=watch)
+    done = [runs / cell.name for cell in grid if (runs / cell.name / "metrics.json").exists()]
+    if not done:
+        raise ValueError("no cell could be finished; the first said: " + failed[0])
+    document = table_document(read_all(done))
+    page = table_page(document)
+    write_atomically(options.out / "table.md", page.encode())
+    write_atomically(options.out / "table.json", (json.dumps(document, indent=1) + "\n").encode())
+    say(page)
+    say(f"wrote {options.out / 'table.md'} and table.json; {len(done)} of {len(grid)} cells")
+    for message in failed:
+        say(f"not in it: {message}")
+    return 1 if failed else 0
+
+
+def cells(base: str, options: TableOptions) -> list[Cell]:
+    """Return the cells of a grid: by class list, then seed, then method.
+
+    Raises:
+        ValueError: a method or list that does not exist, or a grid without a cell.
+    """
+    rows = [words for row in options.methods.split(",") if (words := shlex.split(row))]
+    if not rows or options.seeds < 1:
+        raise ValueError("a table needs at least one method (--methods) and one seed (--seeds)")
+    if f"{base}-softmax" not in RECIPES:
+        bases = [name.removesuffix("-softmax") for name in RECIPES if name.endswith("-softmax")]
+        raise ValueError(f"no recipes are called {base}-METHOD; there are {', '.join(bases)}")
+    for method, *_ in rows:
+        if f"{base}-{method}" not in RECIPES:
+            there = [name for name, *_ in METHOD_ROWS if f"{base}-{name}" in RECIPES]
+            raise ValueError(f"--methods: {base} has no {method}; it has {', '.join(there)}")
+    names = [_name(row) for row in rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--methods names a row twice: {', '.join(names)}")
+    common = shlex.split(SMALL if options.budget == "small" else "")
+    made = []
+    for number in _lists(RECIPES[f"{base}-softmax"](), options):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            for (method, *own), name in zip(rows, names, strict=True):
+                recipe = f"{base}-{method}"
+                chosen = [*common, *_epochs(RECIPES[recipe](), options), "--seed", str(seed)]
+                if number is not None:
+                    chosen += ["--split.family", options.family, "--split.list", str(number)]
+                    name_here = f"{name}-{options.family}{number}-seed{seed}"
+                else:
+                    name_here = f"{name}-seed{seed}"
+                chosen += [*shlex.split(options.options), *own]
+                made.append(Cell(name_here, recipe, tuple(chosen)))
+    return made
+
+
+def _name(row: Sequence[str]) -> str:
+    """Return a row's folder name: the method, and its options' values in letters and digits."""
+    return re.sub(r"[^A-Za-z0-9+]+", "-", " ".join(row)).strip("-")
+
+
+def _lists(run: Run, options: TableOptions) -> list[int | None]:
+    """Return the numbers of the class lists; None alone where the recipe follows no protocol."""
+    protocol = run.split.protocol
+    if protocol is None:
+        return [None]
+    published = len(protocols.splits(protocol, options.family))
+    wanted = list(options.lists) or list(range(published))
+    for number in wanted:
+        protocols.split(protocol, options.family, number)
+    if len(set(wanted)) < len(wanted):
+        raise ValueError("--lists names a list twice")
+    return [*wanted]
+
+
+def _epochs(run: Run, options: TableOptions) -> list[str]:
+    """Return the option that sets a cell's epochs; ARPL+CS makes two passes in each."""
+    small = 12 if options.budget == "small" else 0
+    epochs = options.epochs or small
+    if not epochs:
+        return []
+    host = host_of(run.method)
+    passes = 2 if isinstance(host, Arpl) and host.confusing else 1
+    return ["--epochs", str(passes * epochs)]
+
+
+def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
+    """Return what is left to do for a cell, or None."""
+    run = runs / cell.name
+    commands: deque[list[str]] = deque()
+    if not finished(run):
+        train = ["train", cell.recipe, "--data", *map(str, options.data), "--out", str(run)]
+        commands.append([*train, *cell.options])
+    if commands or not (run / "metrics.json").exists():
+        evaluate = ["evaluate", str(run), "--test", *map(str, options.test), "--threads", "1"]
+        if options.unknown_data:
+            evaluate += ["--unknown-data", *map(str, options.unknown_data)]
+        if options.unknown:
+            evaluate += ["--unknown", *options.unknown]
+        if options.fit:
+            evaluate += ["--fit"]
+        commands.append(evaluate)
+    return Job(cell.name, commands, runs / f"{cell.name}.log") if commands else None
+
+
+class _Watch:
+    """Says now and then how far the grid is, and how long the rest will take."""
+
+    def __init__(
+        self, left: Sequence[Job], runs: Path, grid: Sequence[Cell], *, quiet: bool
+    ) -> None:
+        self.left, self.runs = left, runs
+        self.began = self.last = time.monotonic()
+        self.at_start = {job.name: self._share(job.name) for job in left}
+        self.progress = Progress(quiet)
+
+    def __call__(self, running: Sequence[Job]) -> None:
+        """Show a line, at most every five seconds."""
+        now = time.monotonic()
+        if now - self.last < 5:
+            return
+        self.last = now
+        # The shares of the cells' work that were left at the start, and that are left now.
+        before = sum(1 - share for share in self.at_start.values())
+        after = sum(1 - self._share(job.name) for job in self.left)
+        line = f"{len(running)} running, {after:.1f} cells left"
+        if before > after:
+            seconds = (now - self.began) * after / (before - after)
+            line += f", about {seconds // 3600:.0f} h {seconds % 3600 / 60:02.0f} min"
+        self.progress.show(line)
+
+    def _share(self, name: str) -> float:
+        """Return how much of a cell's training is done, from the last row of its log."""
+        run = self.runs / name
+        if (run / "metrics.json").exists():
+            return 1.0
+        try:
+            config = json.loads((run / "config.json").read_text())
+            with open(run / "log.jsonl", "rb") as log:
+                log.seek(max(0, log.seek(0, 2) - 4096))
+                row = json.loads(log.read().decode().rstrip("\n").rsplit("\n", 1)[-1])
+            epochs = row["epoch"] + row["consumed"] / config["data"]["samples"]
+            return min(epochs / config["run"]["epochs"], 0.99)
+        except (OSError, ValueError, KeyError):
+            return 0.0

@@ -1,0 +1,203 @@
+"""What a grid of runs came to: as one JSON document, and as a page made from the document alone.
+
+The document is what is kept and published; the page can be made again from it at any time.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from backmix.train import protocols
+from backmix.train.results import (
+    OWN_SCORES,
+    SCORE_NAMES,
+    Group,
+    Judged,
+    Spread,
+    pair_key,
+    problem_of,
+    row_of,
+)
+
+COMMON = ("max_logit", "msp")
+"""Scores that are shown of every method that has them, after its own."""
+
+
+def table_document(groups: Sequence[Group]) -> dict[str, Any]:
+    """Return every figure of a grid of runs as plain JSON values, in [0, 1].
+
+    {"problem": protocol and family, "runs": [{"folder", "method", "list", "seed", "repeats",
+    "model", "epochs", "commit", "torch", "device", "minutes", "command"}], "sets": {UNKNOWN:
+    {"known": [smallest, greatest number of images], "unknown": likewise, "cues": {CUE: [figure]}}},
+    "rows": [{"method", "unknown", "score", "own": whether it is the method's own score, "runs":
+    [folder], "figures": {METRIC: [a value a run]}, "differences": {METRIC: [a value a pair]}}]}.
+    `repeats` marks runs on a class list that poses the same problem as an earlier one.
+    """
+    runs = [run for group in groups for run in group.runs]
+    baselines = {pair_key(run): run for run in runs if run.is_baseline}
+    rows, sets = [], {}
+    for unknown in dict.fromkeys(name for run in runs for name in run.metrics["unknown"]):
+        sets[unknown] = _set(unknown, runs)
+        for group in groups:
+            judged = [run for run in group.runs if unknown in run.metrics["unknown"]]
+            scores = dict.fromkeys(
+                score for run in judged for score in run.metrics["unknown"][unknown]["scores"]
+            )
+            for score in scores:
+                having = [run for run in judged if run.figure("auroc", unknown, score) is not None]
+                row = row_of(score, group.label, having, unknown, baselines)
+                changes = {name: list(spread.values) for name, spread in row.differences.items()}
+                rows.append(
+                    {
+                        "method": group.label,
+                        "unknown": unknown,
+                        "score": score,
+                        "own": score in _own_scores(group.runs[0]),
+                        "runs": [run.folder.name for run in having],
+                        "figures": {name: list(v.values) for name, v in row.figures.items()},
+                        "differences": changes,
+                    }
+                )
+    return {
+        "problem": _each(problem_of(run) for run in runs),
+        "runs": [_run(run, group.label) for group in groups for run in group.runs],
+        "sets": sets,
+        "rows": rows,
+    }
+
+
+def _own_scores(run: Judged) -> tuple[str, ...]:
+    method = run.config["run"]["method"]
+    return OWN_SCORES.get(method.get("host", method)["type"], ())
+
+
+def _run(run: Judged, method: str) -> dict[str, Any]:
+    split = run.metrics["split"]
+    repeats = False
+    if split is not None:
+        one = protocols.split(split["protocol"], split["family"], split["list"])
+        repeats = protocols.repeats(one) is not None
+    return {
+        "folder": run.folder.name,
+        "method": method,
+        "list": split and f"{split['family']}{split['list']}",
+        "seed": run.config["run"]["seed"],
+        "repeats": repeats,
+        "model": run.config["run"]["model"],
+        "epochs": run.config["run"]["epochs"],
+        "commit": run.config["commit"],
+        "torch": run.config["versions"]["torch"],
+        "device": run.config["resolved"]["device"],
+        "minutes": round((run.ended - run.began).total_seconds() / 60, 1),
+        "command": run.config["command"],
+    }
+
+
+def _set(unknown: str, runs: Sequence[Judged]) -> dict[str, Any]:
+    judged = [run for run in runs if unknown in run.metrics["unknown"]]
+    known = [run.metrics["known"]["n"] for run in judged]
+    images = [run.metrics["unknown"][unknown]["n"] for run in judged]
+    cues: dict[str, list[float]] = {}
+    for run in judged:
+        for name, value in run.metrics["unknown"][unknown].get("cues", {}).items():
+            cues.setdefault(name, []).append(value)
+    return {
+        "known": [min(known), max(known)],
+        "unknown": [min(images), max(images)],
+        "cues": cues,
+    }
+
+
+def table_page(document: Mapping[str, Any], level: int = 1) -> str:
+    """Return a document as a Markdown page, figures in percent; `level` of its first heading."""
+    runs = document["runs"]
+    by_folder = {run["folder"]: run for run in runs}
+    lists = _each(run["list"] for run in runs if run["list"])
+    lines = [f"{'#' * level} {document['problem']}", ""]
+    lines += [
+        f"{len(runs)} runs: "
+        + (f"class lists {lists}; " if lists else "")
+        + f"seeds {_each(str(run['seed']) for run in runs)}; "
+        f"network {_each(run['model'] for run in runs)}; "
+        f"epochs {_each(str(run['epochs']) for run in runs)}; "
+        f"commit {_each(run['commit'] for run in runs)}; "
+        f"torch {_each(run['torch'] for run in runs)}; "
+        f"{_each(run['device'] for run in runs)}.",
+        "",
+        "Mean ± sample standard deviation over the runs of a row, in percent. *to softmax*: the "
+        "mean of the differences to the softmax run of the same class list, seed and data; a score "
+        "that softmax has not is compared with its largest logit. FPR95: share of unknown images "
+        "accepted where 95 % of the known ones are. Nothing was fitted or chosen on these images.",
+        "",
+    ]
+    for unknown, images in document["sets"].items():
+        rows = [row for row in document["rows"] if row["unknown"] == unknown]
+        lines += [
+            f"{'#' * (level + 1)} Unknown set `{unknown}`",
+            "",
+            f"{_range(images['known'])} known and {_range(images['unknown'])} unknown images.",
+            "",
+            *_main_table(rows, by_folder),
+            *_every_score(rows),
+            *_cues(images["cues"]),
+        ]
+    return "\n".join(lines)
+
+
+def _main_table(rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Any]) -> list[str]:
+    """Return each method by its own scores and the common ones."""
+    shown = [row for row in rows if row["own"] or row["score"] in COMMON]
+    distinct = any(run["repeats"] for run in runs.values())
+    head = ["method", "score", "runs", "accuracy", "AUROC", "to softmax"]
+    head += ["AUROC, distinct lists"] if distinct else []
+    head += ["OSCR", "to softmax", "FPR95", "to softmax"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in shown:
+        figures, changes = row["figures"], row["differences"]
+        cells = [row["method"], SCORE_NAMES.get(row["score"], row["score"]), str(len(row["runs"]))]
+        cells.append(_percent(figures["accuracy"]))
+        for metric in ("auroc", "oscr", "fpr95_unknown_accepted"):
+            cells.append(_percent(figures[metric]))
+            cells.append(_percent(changes.get(metric, []), sign=True))
+            if metric == "auroc" and distinct:
+                pairs = zip(figures[metric], row["runs"], strict=True)
+                cells.append(_percent([v for v, folder in pairs if not runs[folder]["repeats"]]))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return [*lines, ""]
+
+
+def _every_score(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the AUROC of every score under every method, where there are more than the shown."""
+    scores = dict.fromkeys(row["score"] for row in rows)
+    if len(scores) <= len(COMMON):
+        return []
+    methods = dict.fromkeys(row["method"] for row in rows)
+    found = {(row["score"], row["method"]): row["figures"]["auroc"] for row in rows}
+    lines = ["AUROC of every score:", "", "| score | " + " | ".join(methods) + " |"]
+    lines.append("| --- |" + " --- |" * len(methods))
+    for score in scores:
+        cells = [_percent(found.get((score, method), [])) for method in methods]
+        lines.append(f"| {SCORE_NAMES.get(score, score)} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _cues(cues: Mapping[str, list[float]]) -> list[str]:
+    """Return what trivial cues alone tell of a set: what a score has to beat."""
+    if not cues:
+        return []
+    told = ", ".join(f"{name} {statistics.fmean(v):.1%}" for name, v in cues.items())
+    return [f"Trivial cues alone, AUROC in the better direction: {told}.", ""]
+
+
+def _percent(values: Sequence[float], sign: bool = False) -> str:
+    return Spread(tuple(values)).percent(sign) if values else ""
+
+
+def _each(words: Iterable[str]) -> str:
+    """Return different words, each once, in order of appearance."""
+    return ", ".join(dict.fromkeys(words))
+
+
+def _range(ends: Sequence[int]) -> str:
+    low, high = ends
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
