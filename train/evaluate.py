@@ -65,6 +65,8 @@ def evaluate(
         raise ValueError(f"--batch must be at least 1, got {options.batch}")
     if not 0 <= options.threads <= MOST_THREADS:
         raise ValueError(f"--threads must be 0 to {MOST_THREADS}, got {options.threads}")
+    if options.train and not options.fit:
+        raise ValueError("--train names the images that scores are fitted to: add --fit")
     device = _device(options.device)
     with locked(run):
         model = load_model(run).to(device)

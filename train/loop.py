@@ -90,7 +90,10 @@ def count(
         seen=seen,
         steps=torch.ones((), device=norm.device),
         grad_norm=torch.where(void, 0.0, norm.detach()),
-        **{name: torch.nan_to_num(value.detach()) for name, value in scalars.items()},
+        **{
+            name: torch.where(void, 0.0, torch.nan_to_num(value.detach(), posinf=0, neginf=0))
+            for name, value in scalars.items()
+        },
     )
     state.epoch.add(loss=loss, right=right, seen=seen)
     broken = ~torch.isfinite(per_sample)

@@ -23,7 +23,7 @@ from backmix.train.checkpoint import sync_folder
 TENSORS = ("logits", "features", "labels", "index")
 EXTRA, SCORE = "extra.", "score."
 """Prefixes of extras and scores in the file."""
-_DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+_DTYPES = {np.dtype("<f8"): "F64", np.dtype("<f4"): "F32", np.dtype("<i8"): "I64"}
 _CHUNK = 1 << 24
 
 
@@ -98,9 +98,12 @@ class Spool:
         for name, file in self._files.items():
             file.flush()
             dtype, columns = self._columns[name]
-            found[name] = _mapped(file, dtype, (self.rows, *columns), 0)
+            shape = (self.rows, *columns)
+            if 0 in shape:  # nothing can be mapped
+                found[name] = np.empty(shape, dtype)
+            else:
+                found[name] = np.asarray(np.memmap(file, dtype, mode="c", shape=shape))
         return found
-
 
     def __enter__(self) -> Self:
         return self
@@ -122,7 +125,6 @@ def store(path: Path, outputs: Outputs) -> None:
         "digest": outputs.digest,
         "bad": list(outputs.bad),
     }
-    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
     # Widest first: then every tensor lies at a multiple of its entries' size.
     arrays = sorted(outputs.arrays().items(), key=lambda item: (-item[1].itemsize, item[0]))
     header: dict[str, object] = {"__metadata__": {"backmix": json.dumps(document, sort_keys=True)}}
@@ -130,7 +132,7 @@ def store(path: Path, outputs: Outputs) -> None:
     for name, array in arrays:
         start, end = end, end + array.nbytes
         header[name] = {
-            "dtype": kinds[array.dtype.newbyteorder("<")],
+            "dtype": _DTYPES[array.dtype.newbyteorder("<")],
             "shape": list(array.shape),
             "data_offsets": [start, end],
         }
@@ -163,21 +165,10 @@ def load_outputs(path: Path) -> Outputs:
     The arrays are maps of the file; what is written into them stays in memory.
     """
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:  # checks sizes and offsets
+        # As torch reads it: the file is mapped, and no descriptor stays open for the many arrays.
+        with safetensors.safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {})["backmix"])
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            arrays = {
-                name: _mapped(
-                    file,
-                    _DTYPES[tensor["dtype"]],
-                    tuple(tensor["shape"]),
-                    8 + length + tensor["data_offsets"][0],
-                )
-                for name, tensor in header.items()
-                if name != "__metadata__"
-            }
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
         return outputs_of(
             arrays,
             name=document["name"],
@@ -206,10 +197,3 @@ def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
         for name, array in arrays.items()
         if name.startswith(prefix)
     }
-
-
-def _mapped(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
-    """Return part of an open file, to be changed in memory only; the file may go afterwards."""
-    if 0 in shape:  # nothing can be mapped
-        return np.empty(shape, dtype)
-    return np.asarray(np.memmap(file, dtype, mode="c", offset=start, shape=shape))

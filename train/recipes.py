@@ -271,7 +271,8 @@ def with_method(base: Run, method: Method, mix: BackMix | None = None) -> Run:
     Where BackMix is asked for, `mix` says how it mixes; without one as released, with a patch of a
     quarter of the side of views of 32 px, and of half of it in larger ones, as in the paper's
     pictures. ARPL+CS makes two passes an epoch: twice the epochs, and the rate falls after twice as
-    many.
+    many. CSSR's loss knows no label smoothing; where smoothing keeps SSOD's gamma out of reach, its
+    samples are the tenths of the locations with most and with least probability.
     """
     side = base.loader.size
     if isinstance(method, BackMix):
@@ -284,6 +285,11 @@ def with_method(base: Run, method: Method, mix: BackMix | None = None) -> Run:
     if isinstance(host, Arpl) and host.confusing:
         optim = replace(optim, milestones=tuple(2 * m for m in optim.milestones))
         epochs *= 2
+    if isinstance(host, Cssr):
+        optim = replace(optim, label_smoothing=0.0)
+    if isinstance(host, Ssod) and optim.label_smoothing >= 1 - host.gamma:
+        host = replace(host, share=0.1)
+        method = replace(method, host=host) if isinstance(method, BackMix) else host
     return replace(base, method=method, optim=optim, epochs=epochs)
 
 

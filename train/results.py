@@ -31,7 +31,32 @@ METRICS = {
     "dtacc": "DTACC",
 }
 """Figures of a score on an unknown set, by their names in metrics.json and in print."""
-SCORE_NAMES = {"msp": "MSP", "max_logit": "MaxLogit", "energy": "Energy"}
+SCORE_NAMES = {
+    "msp": "MSP",
+    "temperature": "MSP at temperature",
+    "max_logit": "MaxLogit",
+    "energy": "Energy",
+    "gen": "GEN",
+    "odin": "ODIN",
+    "react": "ReAct",
+    "ash_s": "ASH-S",
+    "scale": "SCALE",
+    "dice": "DICE",
+    "vim": "ViM",
+    "fdbd": "fDBD",
+    "nci": "NCI",
+    "knn": "KNN",
+    "mahalanobis": "Mahalanobis",
+    "rmds": "RMDS",
+    "feature_norm": "feature norm",
+    "ssod": "SSOD head",
+    "ssod_joint": "SSOD joint",
+    "arpl": "ARPL",
+    "arpl_dot": "ARPL without norm",
+    "cssr": "CSSR",
+    "cssr_s0": "CSSR S0",
+}
+"""Scores by their names in metrics.json and in print."""
 OWN_SCORES = {
     "Ssod": ("ssod", "ssod_joint"),
     "Arpl": ("arpl", "arpl_dot"),

@@ -389,7 +389,7 @@ def write_row(state: State, log: Log, run: Run) -> None:
         "grad_norm": sums.pop("grad_norm") / good,
         "bad_steps": void,
         # Sorted, as a resumed run takes them from its checkpoint.
-        **{name: value / taken for name, value in sorted(sums.items())},
+        **{name: value / good for name, value in sorted(sums.items())},
     }
     named = [number for number in samples if number >= 0]
     if void:

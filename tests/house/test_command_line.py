@@ -43,7 +43,10 @@ def test_help_is_instant(argv: list[str]) -> None:
 def test_every_recipe_is_a_complete_run(name: str) -> None:
     from dataclasses import replace
 
+    from backmix.train.check import check
+
     complete = replace(RECIPES[name](), data=(Path("x.beton"),), out=Path("run"))
+    check(complete)
     assert complete.epochs > 0 and complete.loader.batch % 2 == 0
 
 

@@ -113,18 +113,18 @@ def test_another_head_has_no_evidence() -> None:
 
 
 def test_evidence_by_hand() -> None:
-    """Class 0 reads channel 0, class 1 channel 1; the prediction is class 0."""
+    """Class 0 reads channel 1, class 1 channel 0; the prediction is class 1."""
     head = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
-        head.weight.copy_(torch.eye(2))
+        head.weight.copy_(torch.eye(2).flip(0))
     model = nn.Module()
     model.head = head
     maps = torch.tensor([[[[9.0, 1.0], [2.0, 8.0]], [[0.0, 5.0], [1.0, 0.0]]]])
-    logits = maps.mean((2, 3))
+    logits = head(maps.mean((2, 3))).detach()
     shown = Seen(np.zeros((1, 4, 4, 3), np.uint8), np.array([0]), logits, maps)
     network = Network(None, model)  # type: ignore[arg-type]
     found = background_evidence(network, shown)
-    # Of four cells the coolest quarter by class 0 is the one with 1, which class 1 gives 5.
+    # Of four cells the coolest quarter by class 1 is the one with 1, which class 0 gives 5.
     np.testing.assert_array_equal(found.cells[0], [[9, 5], [2, 8]])
     np.testing.assert_array_equal(found.background[0], [[False, True], [False, False]])
     assert found.of_background.tolist() == [5] and found.of_rest.tolist() == [9, 2, 8]
@@ -262,6 +262,16 @@ def test_pasted_pixels_are_those_that_the_mix_took_from_the_donor(runs: dict[str
     y, x = np.argwhere(pasted[0])[0]
     want = examples.donors[0, y - ty + dy, x - tx + dx]
     np.testing.assert_array_equal(examples.mixes[0, y, x], want)
+
+
+def test_the_map_of_a_donor_is_the_one_that_its_mask_is_read_from(runs: dict[str, Path]) -> None:
+    examples = run_examples(runs["mix"], None, PreviewOptions(rows=20))
+    assert examples.heat is not None
+    assert examples.heat.min((1, 2)).tolist() == [0] * 20
+    assert examples.heat.max((1, 2)).tolist() == [1] * 20
+    for heat, masked in zip(examples.heat, examples.masked, strict=True):
+        assert heat[masked].min() >= heat[~masked].max()
+    assert run_examples(runs["grey"], None, PreviewOptions(rows=2)).heat is None
 
 
 def test_features_of_pasted_cells(runs: dict[str, Path]) -> None:

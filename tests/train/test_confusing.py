@@ -556,6 +556,22 @@ def test_autocast_never_uses_weights_of_before_a_step(data: Path, tmp_path: Path
     assert torch.equal(second[0], third[0]) and not torch.equal(second[1], third[1])
 
 
+def test_a_step_under_autocast_has_the_gradient_of_its_loss() -> None:
+    """What forward computed in fp32, as the distances of the head, backward must not round."""
+    layer = nn.Linear(16, 5)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    layer(x).square().mean().backward()
+    assert layer.weight.grad is not None
+    expected, found = layer.weight.grad.clone(), []
+    layer.weight.register_hook(found.append)
+    optimizer = confusing._adam(layer)
+    with BF16:
+        with torch.autocast("cpu", enabled=False):
+            loss = layer(x).square().mean()
+        confusing._step(optimizer, loss)
+    assert torch.equal(found[0], expected)
+
+
 # Void steps
 
 

@@ -353,6 +353,7 @@ def test_the_training_file_as_test_set_is_said(judged, tmp_path: Path) -> None:
         ({"batch": 0}, "--batch must be at least 1, got 0"),
         ({"threads": -1}, "^--threads must be 0 to 1024, got -1"),
         ({"threads": 5000}, "^--threads must be 0 to 1024, got 5000"),
+        ({"train": (Path("x.beton"),)}, "--train names the images .* are fitted to: add --fit"),
         ({"unknown": ("scenes",)}, "--unknown scenes: write NAME=PATH"),
         ({"unknown": ("../x=TEST",)}, "write NAME=PATH"),
         ({"unknown": ("x=/nowhere",)}, "there is no /nowhere"),

@@ -416,7 +416,9 @@ def test_void_steps_count_in_no_figure_but_their_own(
     real, seen = SoftmaxMethod.loss, []
 
     def second_is_void(self, images, batch, model):
-        out = real(self, images * (math.nan if len(seen) == 1 else 1), batch, model)
+        second = len(seen) == 1
+        out = real(self, images * (math.nan if second else 1), batch, model)
+        out.scalars["figure"] = torch.tensor(math.inf if second else 0.25)
         seen.append(out.per_sample)
         return out
 
@@ -425,6 +427,7 @@ def test_void_steps_count_in_no_figure_but_their_own(
     row = json.loads((run.out / "log.jsonl").read_text())
     assert row["bad_steps"] == 1 and row["samples"] == 24 and len(row["bad_samples"]) == 16
     assert row["loss"] == pytest.approx(torch.cat([seen[0], seen[2]]).mean().item(), rel=1e-6)
+    assert row["figure"] == 0.25
 
 
 def test_a_state_comes_back_whole(data: Path, tmp_path: Path) -> None:

@@ -86,6 +86,15 @@ def test_arrays_are_aligned_and_what_is_changed_in_them_stays_in_memory(tmp_path
     assert (found.features == some().features).all()
 
 
+def test_many_loaded_outputs_keep_no_file_open(tmp_path: Path) -> None:
+    path = tmp_path / "scenes.safetensors"
+    store(path, some())
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    held = [load_outputs(path) for _ in range(20)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all(len(outputs) == 7 for outputs in held)
+
+
 def test_any_strides_and_any_chunk_are_stored(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "_CHUNK", 16)
     turned = replace(some(), logits=np.asfortranarray(some().logits))

@@ -400,13 +400,22 @@ def test_the_page_shows_what_background_says(claimed):
 
 def test_the_evidence_on_the_page_is_that_of_the_images(trained, claimed):
     run = trained[0]
-    stored = load_outputs(run / "scores" / "unknown.safetensors")
     network = claims.open_network(run)
-    seen = claims.look(network, claims.stored_images(stored, 512))
-    found = claims.background_evidence(network, seen)
+    known, found = (
+        claims.background_evidence(
+            network,
+            claims.look(
+                network,
+                claims.stored_images(load_outputs(run / "scores" / f"{name}.safetensors"), 512),
+            ),
+        )
+        for name in ("known", "unknown")
+    )
     row = f"<td>softmax</td><td>unknown</td><td>20</td><td>{found.of_background.mean():.2f}</td>"
     assert row in claimed[0]
     assert f"<td>{found.of_rest.mean():.2f}</td><td>{found.largest.mean():.2f}</td>" in claimed[0]
+    shares = [(e.of_background > np.median(known.of_rest)).mean() for e in (known, found)]
+    assert f"softmax known {shares[0]:.1%}, unknown {shares[1]:.1%}" in claimed[0]
 
 
 def test_own_scores_come_first_and_the_others_are_folded_away(trained, claimed):

@@ -309,7 +309,7 @@ class BackMixMethod:
             ],
             axis=1,
         )  # uint32 [n, tries, 2]
-        words = torch.from_numpy(tries.astype(np.int64)).to(batch.pool.device)
+        words = torch.from_numpy(tries.astype(np.int64)).to(batch.pool.device, non_blocking=True)
         sides = tuple(batch.pool.shape[1:3])
         extent = drawn.patch[:, None, 4:6].long()
         heat = view_heat(

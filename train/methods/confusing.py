@@ -315,7 +315,9 @@ def _step(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
     Only the optimizer's own parameters receive gradients, whatever else the loss went through.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = torch.autograd.grad(loss, parameters)
+    # Under autocast, backward would round even the products that forward kept in fp32.
+    with torch.autocast(loss.device.type, enabled=False):
+        gradients = torch.autograd.grad(loss, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     void = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients, foreach=True))

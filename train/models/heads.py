@@ -149,4 +149,4 @@ def cam_inputs(head: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
         case nn.Linear():
             return features, head.weight.detach()
         case _:
-            raise NotImplementedError
+            raise TypeError(f"no activation maps are known of a head that is {type(head).__name__}")
