@@ -44,9 +44,7 @@ def tiny_set(path: Path, count: int = 40, classes: int = 4, seed: int = 0) -> Pa
     return write_set(path, images, labels, [chr(ord("a") + k) for k in range(classes)])
 
 
-def tiny_run(
-    data: Path, out: Path, method: Method | None = None, **changes: object
-) -> Run:
+def tiny_run(data: Path, out: Path, method: Method | None = None, **changes: object) -> Run:
     """A run of 3 epochs of 3 steps on one thread, with dropout and BatchNorm in the network."""
     base = Run(
         data=(data,),

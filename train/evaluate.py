@@ -121,6 +121,8 @@ def _learned(viewing: Viewing, own: Sequence[BetonImages], folder: Path) -> _Own
     found = {images.name: run_pass(viewing, images, folder, cssr) for images in own}
     viewing.say("fitting scores")
     fit = fit_scores(found[TRAIN], linear_head(head), found.get(HELD_OUT))
+    if cssr is not None and cssr.without_gram:
+        fit = replace(fit, notes=(*fit.notes, cssr.without_gram))
     held_out = None
     if HELD_OUT in found:
         held_out = scored(found[HELD_OUT], "", head, fit)

@@ -15,7 +15,7 @@ from backmix.train.models.heads import Head
 from backmix.train.outputs import Outputs
 from backmix.train.scores import CUES, Fit, every_score
 
-MAIN_SCORES = ("msp", "max_logit", "energy", "ssod", "ssod_joint", "arpl", "cssr")
+MAIN_SCORES = ("msp", "max_logit", "energy", "ssod", "ssod_joint", "arpl", "cssr_s0", "cssr")
 """Scores that the table shows of every set: the common ones, and those of the methods."""
 CCR_PERCENT = (1, 5, 10)
 """Shares of accepted unknown images at which the correct-classification rate is read."""

@@ -243,8 +243,8 @@ class Run:
     method: Softmax | Ssod | Arpl | Cssr | BackMix = field(default_factory=Softmax)
     """Training method."""
     init: Path | None = None
-    """Begin with these weights: a finished run folder, or a .safetensors file with the names of
-    --model."""
+    """Begin with these weights: a finished run folder, which must not know what is unknown here, or
+    a .safetensors file with the names of --model."""
 
 
 Host = Softmax | Ssod | Arpl | Cssr
@@ -358,11 +358,12 @@ class TableOptions:
     epochs: int = 0
     """Epochs of every cell; 0 = as the budget says. (ARPL+CS: twice as many passes.)"""
     options: str = ""
-    """Further training options of all cells, in one string."""
+    """Further training options of all cells in one string, after an equals sign:
+    --options="--loader.batch 256"."""
     fit: bool = False
     """Judge by the scores that are fitted on training images, too."""
     workers: int = 0
-    """Cells trained side by side; 0 = one per core."""
+    """Cells trained side by side; 0 = one per core with the small budget, else one."""
     quiet: bool = False
     """No progress."""
 

@@ -360,6 +360,8 @@ def problem_of(run: Judged) -> str:
 def _key(run: Judged, ignored: Iterable[str]) -> str:
     """Return a run's options as one string, without the ignored ones."""
     kept = {name: value for name, value in run.options.items() if name not in set(ignored)}
+    # Every class list and seed begins with a network of its own: only whether there is one counts.
+    kept["init"] = kept.get("init") is not None
     return json.dumps(kept, sort_keys=True)
 
 

@@ -40,7 +40,7 @@ from backmix.train.methods.method import Method
 from backmix.train.models.build import Model
 from backmix.train.models.weights import begin_with
 from backmix.train.optim import make_optimizer
-from backmix.train.options import Run
+from backmix.train.options import Run, Ssod, host_of
 from backmix.train.profile import Profile
 from backmix.train.run_folder import (
     Config,
@@ -51,6 +51,7 @@ from backmix.train.run_folder import (
     resolve,
 )
 from backmix.train.state import State
+from backmix.train.trained import read_run
 
 EXIT_STOPPED = 75
 """Exit code of a run that was stopped by a signal, has a checkpoint, and has more to do."""
@@ -112,6 +113,7 @@ def prepare_run(
     torch.set_num_threads(resolved.threads)
     with open_set(run.data) as data:
         known = known_classes(run, data.classes)
+        refuse_unfit_init(run, [data.classes[number] for number in known], data)
         subset = training_subset(run, data.labels, known, data.classes)
         loader_options = run.loader
         if run.loader.loader == "fastest" and resolved.loader:
@@ -163,8 +165,6 @@ def fresh_network(
     """Make the network as the run's seed makes it, in training mode, and its optimizer."""
     torch.manual_seed(run.seed)
     model = build_network(run, classes)
-    if run.init is not None:
-        begin_with(model, run.init)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = make_optimizer(
@@ -215,6 +215,44 @@ def known_classes(run: Run, classes: list[str]) -> list[int]:
     if len(set(known)) != len(known):
         raise ValueError("--split.known names a class twice")
     return known
+
+
+def refuse_unfit_init(run: Run, known: list[str], data: BetonSet) -> None:
+    """Refuse to begin with a run that has learned what this one must not, or other classes.
+
+    Args:
+        run: the options.
+        known: names of the known classes in label order.
+        data: the training set.
+
+    Raises:
+        ValueError: it knows classes that are unknown here, or was trained on images that --val
+            holds out here; or the class head is kept, and the class lists differ.
+    """
+    if run.init is None or not (run.init / "config.json").is_file():
+        return
+    before = read_run(run.init)
+    host = host_of(run.method)
+    if isinstance(host, Ssod) and host.train == "head" and list(before.classes) != known:
+        raise ValueError(
+            f"--init {run.init} knows the classes {', '.join(before.classes[:10])}, this run "
+            f"{', '.join(known[:10])}: a rejection head is trained beside the class head that is "
+            "there, so both need the same --split"
+        )
+    seen = [name for name in before.classes if name in data.classes and name not in known]
+    if seen:
+        raise ValueError(
+            f"--init {run.init} was trained on {', '.join(seen[:10])}, unknown in this run, which "
+            "would then be tested on what it has learned: begin with a run of the same --split"
+        )
+    options = before.options
+    held_out_then = options.seed == run.seed and options.val >= run.val
+    if run.val and before.digest == data.digest and not held_out_then:
+        raise ValueError(
+            f"--val {run.val:g} holds images out that --init {run.init} was trained on (--val "
+            f"{options.val:g} --seed {options.seed}): begin with a run of this --seed and at least "
+            "this --val, or leave --val out"
+        )
 
 
 def training_subset(run: Run, labels: np.ndarray, known: list[int], classes: list[str]) -> Subset:
@@ -284,9 +322,12 @@ def _train_locked(
         lengths = None
         if found is not None:
             tensors, meta = found
-            state.load(tensors, meta)
+            state.load(tensors, meta)  # of --init nothing is needed any more
             lengths = meta["log"]
             progress.show(f"continuing {run.out} at step {state.step}", final=True)
+        elif run.init is not None:
+            begin_with(state.model, run.init)
+            state.keep_buffers()
         if loader.samples < run.loader.batch:
             progress.show(
                 f"only {loader.samples} training images for --loader.batch {run.loader.batch}: an "

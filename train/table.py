@@ -22,6 +22,7 @@ from backmix.train.log import Progress
 from backmix.train.options import Arpl, Run, TableOptions, host_of
 from backmix.train.recipes import METHOD_ROWS, RECIPES
 from backmix.train.results import read_all
+from backmix.train.run_folder import read_config
 from backmix.train.table_page import table_document, table_page
 
 SMALL = (
@@ -62,7 +63,9 @@ def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
         raise ValueError("a table needs both sets: --data TRAIN.beton --test TEST.beton")
     runs = options.out / "runs"
     left = [job for cell in grid if (job := _job(cell, runs, options)) is not None]
-    workers = max(1, min(options.workers or usable_cores(), len(left)))
+    # The small budget trains on one thread a cell; the full one on all cores, or on the GPU.
+    usual = usable_cores() if options.budget == "small" else 1
+    workers = max(1, min(options.workers or usual, len(left)))
     say(
         f"{len(grid)} cells, {len(grid) - len(left)} of them finished; {workers} at a time "
         f"in {runs}"
@@ -128,6 +131,8 @@ def _lists(run: Run, options: TableOptions) -> list[int | None]:
     """Return the numbers of the class lists; None alone where the recipe follows no protocol."""
     protocol = run.split.protocol
     if protocol is None:
+        if options.lists:
+            raise ValueError("--lists: these recipes follow no protocol and have no class lists")
         return [None]
     published = len(protocols.splits(protocol, options.family))
     wanted = list(options.lists) or list(range(published))
@@ -156,7 +161,9 @@ def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
     if not finished(run):
         train = ["train", cell.recipe, "--data", *map(str, options.data), "--out", str(run)]
         commands.append([*train, *cell.options])
-    if commands or not (run / "metrics.json").exists():
+    else:
+        _refuse_other_training(run, cell)
+    if commands or not _judged(run, options):
         evaluate = ["evaluate", str(run), "--test", *map(str, options.test), "--threads", "1"]
         if options.unknown_data:
             evaluate += ["--unknown-data", *map(str, options.unknown_data)]
@@ -166,6 +173,27 @@ def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
             evaluate += ["--fit"]
         commands.append(evaluate)
     return Job(cell.name, commands, runs / f"{cell.name}.log") if commands else None
+
+
+def _refuse_other_training(run: Path, cell: Cell) -> None:
+    """Refuse a finished run of a cell's name that was trained by another command."""
+    words = shlex.split(read_config(run).get("command", ""))
+    options = words[words.index("--out") + 2 :] if "--out" in words else []
+    if words[2:3] != [cell.recipe] or options != list(cell.options):
+        raise ValueError(
+            f"{run} is finished, but of another grid: it was trained by `{shlex.join(words)}`, "
+            f"this one asks for {cell.recipe} {shlex.join(cell.options)}: choose another --out"
+        )
+
+
+def _judged(run: Path, options: TableOptions) -> bool:
+    """Return whether a run has been judged by all that the grid asks for."""
+    try:
+        metrics = json.loads((run / "metrics.json").read_text())
+        wanted = {given.partition("=")[0] for given in options.unknown}
+        return wanted <= metrics["unknown"].keys() and bool(metrics["fit"] or not options.fit)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 class _Watch:

@@ -20,7 +20,7 @@ from tests.road.test_tour import SHORT, cifar10_binary
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```sh\n" in page.read_text()]
 
-SHORTER = {"train": SHORT, "table": ["--options", " ".join(SHORT)]}
+SHORTER = {"train": SHORT, "table": ["--options=" + " ".join(SHORT)]}
 """What is added to a command that would take long."""
 
 

@@ -24,9 +24,10 @@ from backmix.train.checkpoint import checkpoint_path, load_tensors, locked
 from backmix.train.log import GrowingFile, read_status, write_status
 from backmix.train.loop import steps
 from backmix.train.methods.softmax import SoftmaxMethod
-from backmix.train.options import Augment, BackMix, Optim, Run, Softmax, Split
+from backmix.train.options import Augment, BackMix, Method, Optim, Run, Softmax, Split, Ssod
 from backmix.train.run import prepare_run, train
 from backmix.train.state import State
+from backmix.train.trained import load_model
 from tests.runs import tiny_run, tiny_set
 
 METHODS = {
@@ -550,6 +551,26 @@ def test_a_class_list_that_names_nothing_is_refused(
     run = tiny_run(data, tmp_path / "run", Softmax(), split=Split(known=known))
     with pytest.raises(ValueError, match=r"--split\.known"):
         prepare_run(run, "test", [])
+
+
+def test_weights_that_know_what_must_not_be_learned_are_refused(data: Path, tmp_path: Path) -> None:
+    def of(known: str, method: Method, **changes: object) -> Run:
+        split = Split(known=tuple(known))
+        return tiny_run(data, tmp_path / known, method, split=split, epochs=1, **changes)
+
+    before = of("ab", Softmax())
+    assert start(before) == 0
+    with pytest.raises(ValueError, match=r"--init .* was trained on b, unknown in this run"):
+        prepare_run(of("ac", Softmax(), init=before.out), "test", [])
+    with pytest.raises(ValueError, match=r"knows the classes a, b, this run b, a: a rejection"):
+        prepare_run(of("ba", Ssod(train="head"), init=before.out), "test", [])
+    with pytest.raises(ValueError, match=r"--val 0\.2 holds images out that --init .* \(--val 0 "):
+        prepare_run(of("ab", Softmax(), init=before.out, val=0.2), "test", [])
+    _, state, loader = prepare_run(of("ba", Softmax(), init=before.out), "test", [])
+    loader.close()
+    weights = load_model(before.out).state_dict()
+    for name, value in state.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
 
 
 def test_the_optimizer_state_is_saved_under_parameter_names(data: Path, tmp_path: Path) -> None:

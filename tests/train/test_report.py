@@ -190,6 +190,17 @@ def test_class_lists_are_repetitions_and_families_are_not(tmp_path):
     assert labels == ["softmax (family A)", "softmax (family B-cac)"]
 
 
+def test_every_repetition_may_begin_with_weights_of_its_own(tmp_path):
+    def of(number, init):
+        split = Split(protocol="cifar10", list=number)
+        return write_run(tmp_path, "softmax", 0, split=split, init=init)
+
+    begun = [of(number, Path(f"before/{number}")) for number in (0, 1)]
+    fresh = [of(number, None) for number in (2, 3)]
+    groups = results.read_all([*begun, *fresh])
+    assert [[run.folder for run in group.runs] for group in groups] == [begun, fresh]
+
+
 def test_methods_judged_on_different_problems_say_so_in_every_row(tmp_path):
     """Figures of different families or without a protocol must not pass for comparable ones."""
     plain = write_run(tmp_path, "softmax", 0)

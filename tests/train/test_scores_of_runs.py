@@ -33,6 +33,7 @@ from backmix.train.options import (
 from backmix.train.outputs import Outputs, load_outputs
 from backmix.train.run_folder import as_document
 from backmix.train.scores import CUES, every_score, fit_scores, linear_head, odin
+from backmix.train.scores.cssr import CssrFit
 
 SIDE = 16
 MEAN, STD = (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
@@ -253,6 +254,17 @@ def test_cssr_is_in_deviations_of_the_training_images(place: Path, tmp_path: Pat
         for part in parts
     )
     np.testing.assert_allclose(known.scores["cssr"], expected, rtol=1e-9)
+
+
+def test_cssr_without_its_third_part_is_said_to_be_so(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CssrFit.__init__, "__defaults__", (1,))
+    run = tmp_path / "run"
+    write_run(place, run, Cssr(latent=4))
+    document = judged(place, run, fit=True)
+    assert any("goes without its third part" in note for note in document["notes"])
+    assert "cssr_s2" not in outputs_of(run, "known").extras
 
 
 def test_cues_are_those_of_the_pixels_that_are_shown(place: Path, tmp_path: Path) -> None:

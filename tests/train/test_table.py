@@ -81,6 +81,7 @@ def test_recipes_without_a_protocol_make_one_cell_per_seed_and_method() -> None:
         ("cifar10", {"lists": (1, 1)}, "--lists names a list twice"),
         ("tiny-imagenet", {"family": "F", "lists": (7,)}, "has no lists of family|has the lists"),
         ("cifar10", {"methods": "softmax,softmax"}, "names a row twice"),
+        ("demo", {"methods": "softmax", "lists": (0,)}, "--lists: these recipes follow no"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(base: str, changes: dict, said: str) -> None:
@@ -144,6 +145,21 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
     assert said[0].startswith("2 cells, 1 of them finished")
     assert (runs / "softmax-A0-seed0" / "status.json").stat().st_mtime_ns == before
     assert "| Cutout |" in (options.out / "table.md").read_text()
+
+    # Finished cells are judged again by what is asked for later, and not trained again.
+    said.clear()
+    asked = replace(options, methods="softmax", fit=True, unknown=(f"all={test}",))
+    assert run_table("cifar10", asked, say=said.append) == 0
+    assert said[0].startswith("1 cells, 0 of them finished")
+    metrics = json.loads((runs / "softmax-A0-seed0" / "metrics.json").read_text())
+    assert "all" in metrics["unknown"] and "knn" in metrics["unknown"]["all"]["scores"]
+    assert (runs / "softmax-A0-seed0" / "status.json").stat().st_mtime_ns == before
+    said.clear()
+    assert run_table("cifar10", asked, say=said.append) == 0
+    assert said[0].startswith("1 cells, 1 of them finished")
+
+    with pytest.raises(ValueError, match="softmax-A0-seed0 is finished, but of another grid"):
+        run_table("cifar10", replace(asked, epochs=7), say=said.append)
 
 
 def test_a_table_needs_its_sets(tmp_path: Path) -> None:
