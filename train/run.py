@@ -179,6 +179,13 @@ def fresh_network(
     return model, optimizer
 
 
+def begin(state: State, run: Run) -> None:
+    """Take the weights of --init, where there is one, into the state of a fresh run."""
+    if run.init is not None:
+        begin_with(state.model, run.init)
+        state.keep_buffers()
+
+
 def first_state(
     model: Model,
     optimizer: torch.optim.Optimizer,
@@ -325,9 +332,8 @@ def _train_locked(
             state.load(tensors, meta)  # of --init nothing is needed any more
             lengths = meta["log"]
             progress.show(f"continuing {run.out} at step {state.step}", final=True)
-        elif run.init is not None:
-            begin_with(state.model, run.init)
-            state.keep_buffers()
+        else:
+            begin(state, run)
         if loader.samples < run.loader.batch:
             progress.show(
                 f"only {loader.samples} training images for --loader.batch {run.loader.batch}: an "

@@ -25,7 +25,7 @@ from backmix.train.log import GrowingFile, read_status, write_status
 from backmix.train.loop import steps
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.options import Augment, BackMix, Method, Optim, Run, Softmax, Split, Ssod
-from backmix.train.run import prepare_run, train
+from backmix.train.run import begin, prepare_run, train
 from backmix.train.state import State
 from backmix.train.trained import load_model
 from tests.runs import tiny_run, tiny_set
@@ -566,8 +566,10 @@ def test_weights_that_know_what_must_not_be_learned_are_refused(data: Path, tmp_
         prepare_run(of("ba", Ssod(train="head"), init=before.out), "test", [])
     with pytest.raises(ValueError, match=r"--val 0\.2 holds images out that --init .* \(--val 0 "):
         prepare_run(of("ab", Softmax(), init=before.out, val=0.2), "test", [])
-    _, state, loader = prepare_run(of("ba", Softmax(), init=before.out), "test", [])
+    again = of("ba", Softmax(), init=before.out)
+    _, state, loader = prepare_run(again, "test", [])
     loader.close()
+    begin(state, again)
     weights = load_model(before.out).state_dict()
     for name, value in state.model.state_dict().items():
         assert torch.equal(value, weights[name]), name

@@ -33,7 +33,7 @@ from backmix.train.methods.ssod import (
     new_rejection,
 )
 from backmix.train.options import Augment, BackMix, Optim, Run, Softmax, Split, Ssod
-from backmix.train.run import prepare_run, train
+from backmix.train.run import begin, prepare_run, train
 from backmix.train.state import State
 from tests.runs import SIDE, tiny_run, tiny_set, write_set
 from tests.train.test_loop import NoWaiting
@@ -481,6 +481,7 @@ def test_the_gate_survives_a_checkpoint() -> None:
 def open_steps(run: Run, count: int) -> tuple[State, list[dict[str, float]]]:
     """Take steps of a run; its state, and what each of them would have logged."""
     _, state, loader = prepare_run(run, "test", [])
+    begin(state, run)
     rows = []
     with loader:
         taken = steps(state, loader, run, torch.autocast("cpu", enabled=False))
@@ -521,6 +522,7 @@ def test_many_classes_do_not_collapse_before_the_network_can_tell_them(tmp_path:
 
 def prepared(run: Run, epoch: int = 0) -> tuple[State, Batch]:
     _, state, loader = prepare_run(run, "test", [])
+    begin(state, run)
     with loader:
         return state, next(iter(loader.batches(Place(run.seed, epoch))))
 
@@ -654,6 +656,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 def test_a_void_step_leaves_everything_as_it_was(data: Path, tmp_path: Path, name: str) -> None:
     run = tiny(data, tmp_path / "run", METHODS[name])
     _, state, loader = prepare_run(run, "test", [])
+    begin(state, run)
     with loader:
         taken = steps(state, loader, run, torch.autocast("cpu", enabled=False))
         next(taken)
