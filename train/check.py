@@ -65,7 +65,7 @@ def _check_restarts(run: Run) -> None:
     if cycle < 1:
         raise ValueError(
             f"--optim.cycles {run.optim.cycles} are more than the epochs ({run.epochs}): "
-            "a cycle of --optim.schedule restarts lasts one epoch at least"
+            "a cycle of --optim.schedule restarts lasts one epoch at least (--optim.cycles 1)"
         )
     if rise > cycle:
         raise ValueError(
@@ -124,7 +124,7 @@ def _check_ssod(ssod: Ssod, run: Run) -> None:
             )
         return
     smoothing = run.optim.label_smoothing
-    if not ssod.share and smoothing >= 1 - ssod.gamma:
+    if not ssod.share and smoothing > 1 - ssod.gamma - 1e-9:
         raise ValueError(
             f"--optim.label-smoothing {smoothing:g} keeps the probability of the true class below "
             f"--{name}.gamma {ssod.gamma:g}, so that hardly any location would be known: "
@@ -152,7 +152,7 @@ def _check_arpl(arpl: Arpl, run: Run) -> None:
         )
     if run.epochs % 2:
         raise ValueError(
-            f"--{name}.confusing trains in pairs of epochs, one with generated images and one "
+            f"ARPL+CS (--{name}.confusing) trains in pairs of epochs, with generated images and "
             f"without: --epochs must be even, got {run.epochs}"
         )
     if isinstance(run.method, BackMix) and run.method.cam_source == "raw+loss":

@@ -15,8 +15,8 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from backmix.pipeline.options import ConvertOptions
-from backmix.train.options import EvaluateOptions, PreviewOptions, Run, TableOptions
-from backmix.train.recipes import METHOD_ROWS, RECIPES
+from backmix.train.options import EvaluateOptions, PreviewOptions, TableOptions
+from backmix.train.recipes import METHOD_ROWS, RECIPES, first_line, parse_run
 
 Asked = TypeVar("Asked")
 CONFIG = (tyro.conf.FlagCreatePairsOff,)
@@ -151,17 +151,12 @@ def _train(arguments: Sequence[str]) -> int:
     if recipe in ("", "-h", "--help"):
         print(_recipes())
         return DONE if recipe else USAGE
+    if f"{recipe}-softmax" in RECIPES:
+        return _usage(f"{recipe} is no recipe without a method, such as {recipe}-backmix")
     if recipe not in RECIPES:
         what = "the recipe comes first" if recipe.startswith("-") else f"no recipe {recipe!r}"
         return _usage(f"{what}{_near(recipe, RECIPES)} (backmix train --help lists them)")
-    asked = tyro.cli(
-        Run,
-        prog=f"backmix train {recipe}",
-        description=_first_line(RECIPES[recipe]),
-        default=RECIPES[recipe](),
-        args=options,
-        config=(tyro.conf.AvoidSubcommands, *CONFIG),
-    )
+    asked = parse_run(recipe, options)
     if not asked.data:
         return _usage("backmix train needs the training set: --data FILE.beton")
     from backmix.train.run import train
@@ -186,9 +181,9 @@ def _recipes() -> str:
     lines = ["usage: backmix train RECIPE --data FILE.beton --out RUN [options]", ""]
     lines += ["Train a recipe; the same command continues an unfinished run.", ""]
     lines += ["A recipe is DATA-METHOD, such as cifar10-backmix. DATA:"]
-    lines += rows({base: _first_line(recipe) for base, recipe in bases.items()})
+    lines += rows({base: first_line(recipe) for base, recipe in bases.items()})
     lines += ["", "METHOD:", *rows(methods), "", "Others:"]
-    lines += rows({name: _first_line(recipe) for name, recipe in alone.items()})
+    lines += rows({name: first_line(recipe) for name, recipe in alone.items()})
     lines += ["", "backmix train RECIPE --help shows every option with the recipe's value."]
     return "\n".join(lines)
 
@@ -197,12 +192,6 @@ def _near(word: str, words: Iterable[str]) -> str:
     """Return a hint at the known word that is meant, or nothing."""
     near = get_close_matches(word, words, n=1)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def _first_line(recipe: Callable[..., object]) -> str:
-    """Return what a recipe is, from its docstring's first line."""
-    text = (recipe.__doc__ or "").split("\n")[0].removeprefix("Return ")
-    return text[:1].upper() + text[1:]
 
 
 def _status(arguments: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ from backmix.train.image_sets import (
 )
 from backmix.train.judge import Scored, judge, scored
 from backmix.train.models.heads import Reconstruction
-from backmix.train.options import EvaluateOptions
+from backmix.train.options import EvaluateOptions, Ssod, host_of
 from backmix.train.outputs import Outputs, store
 from backmix.train.passes import Viewing, learn_cssr, run_pass
 from backmix.train.scores import Fit, fit_scores, linear_head
@@ -190,6 +190,12 @@ def _header(trained: Trained, known: Outputs, sets: Sets, fit: Fit | None) -> di
                 f"list {split.name} poses the same problem as {split.family}{first}: a mean over "
                 "the five lists weighs it more than once"
             )
+    if len(sets.images) == 1:
+        notes.append(
+            "there is no unknown set: the test file has no other classes; name one with "
+            "--unknown NAME=PATH"
+        )
+    notes += closed_gate(trained)
     notes += sets.notes
     notes += [f"the set {name} is missing: {why}" for name, why in sets.missing.items()]
     return {
@@ -206,6 +212,23 @@ def _header(trained: Trained, known: Outputs, sets: Sets, fit: Fit | None) -> di
             "neighbour": fit.k,
         },
     }
+
+
+def closed_gate(trained: Trained) -> list[str]:
+    """Return a note where a rejection head never learned, because its gate stayed closed."""
+    if not isinstance(host_of(trained.options.method), Ssod):
+        return []
+    try:
+        last = (trained.run / "log.jsonl").read_text().splitlines()[-1]
+        gate = json.loads(last).get("gate", 1.0)
+    except (OSError, ValueError, IndexError):
+        return []
+    if gate > 0:
+        return []
+    return [
+        "the rejection head has learned nothing: its gate never opened (gate and known_share in "
+        "log.jsonl), so its scores mean nothing; train longer, or begin with --init"
+    ]
 
 
 def _device(asked: str) -> torch.device:

@@ -46,7 +46,7 @@ def run_jobs(
     *,
     keep_going: bool = False,
     watch: Callable[[Sequence[Job]], None] = lambda running: None,
-) -> list[str]:
+) -> dict[str, str]:
     """Run jobs side by side, each of its commands in a process of its own.
 
     No process outlives this one: on Linux they are stopped with it even where it is killed, except
@@ -59,13 +59,14 @@ def run_jobs(
         keep_going: go on with the others where a job fails; its message is said and returned.
         watch: called every tenth of a second with the jobs that run.
 
-    Returns the messages of the jobs that failed; without `keep_going` there are none.
+    Returns the messages of the jobs that failed, by name; without `keep_going` there are none.
 
     Raises:
         ValueError: a command failed. The others are stopped; they write a checkpoint first, so
             nothing is lost.
     """
-    queue, running, failed = deque(waiting), [], []
+    queue, running = deque(waiting), []
+    failed: dict[str, str] = {}
     done = 0
     # SIGTERM as Ctrl-C: a run left behind would go on, and hold its folder's lock.
     on_terminate = None
@@ -85,7 +86,7 @@ def run_jobs(
                 except ValueError as error:
                     if not keep_going:
                         raise
-                    failed.append(str(error))
+                    failed[job.name] = str(error)
                     end = f"FAILED: {error}"
                 running.remove(job)
                 done += 1
@@ -128,7 +129,8 @@ def _has_ended(job: Job) -> bool:
     if code is None:
         return False
     if code != 0:
-        said = job.log.read_text(errors="replace").strip().splitlines()
+        lines = job.log.read_text(errors="replace").splitlines()
+        said = [line for line in lines if any(letter.isalnum() for letter in line)]
         raise ValueError(
             f"{job.name}: `backmix {' '.join(job.commands[0])}` ended with code {code}: "
             f"{said[-1] if said else 'it said nothing'} (all of it in {job.log})"

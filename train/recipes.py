@@ -3,7 +3,7 @@
 `data` and `out` are left to the command line.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import tyro
@@ -333,3 +333,21 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "demo-backmix": demo_backmix,
 }
 """What `backmix train RECIPE` knows."""
+
+
+def parse_run(recipe: str, options: Sequence[str]) -> Run:
+    """Return a recipe's run with options from the command line; a mistake ends the process (2)."""
+    return tyro.cli(
+        Run,
+        prog=f"backmix train {recipe}",
+        description=first_line(RECIPES[recipe]),
+        default=RECIPES[recipe](),
+        args=list(options),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def first_line(recipe: Callable[..., object]) -> str:
+    """Return what a recipe is, from its docstring's first line."""
+    text = (recipe.__doc__ or "").split("\n")[0].removeprefix("Return ")
+    return text[:1].upper() + text[1:]

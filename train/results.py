@@ -332,8 +332,9 @@ def row_of(
 def _labels(firsts: Sequence[Judged]) -> list[str]:
     """Return a readable, unique label for every group, from one run of each.
 
-    Groups of the same method are told apart by the options in which they differ; where the runs
-    solve different problems, every label names its own, as such figures cannot be compared.
+    Groups of the same method are told apart by their recipes, or where these are the same by the
+    options in which they differ; where the runs solve different problems, every label names its
+    own, as such figures cannot be compared.
     """
     bases = [method_label(run.config["run"]["method"]) for run in firsts]
     labels = []
@@ -344,6 +345,9 @@ def _labels(firsts: Sequence[Judged]) -> list[str]:
             for name, value in run.options.items()
             if name not in _REPEATED and any(other.get(name) != value for other in alike)
         ]
+        recipes = [r.config["recipe"] for r, b in zip(firsts, bases, strict=True) if b == base]
+        if len(recipes) > 1 and len(set(recipes)) == len(recipes):
+            differing = [run.config["recipe"]]
         labels.append(f"{base} ({', '.join(differing)})" if differing else base)
     problems = [problem_of(run) for run in firsts]
     if len(set(problems)) == 1:

@@ -239,6 +239,11 @@ def refuse_unfit_init(run: Run, known: list[str], data: BetonSet) -> None:
     if run.init is None or not (run.init / "config.json").is_file():
         return
     before = read_run(run.init)
+    if before.options.model != run.model:
+        raise ValueError(
+            f"--init {run.init} is a {before.options.model}, this run a {run.model}: add --model "
+            f"{before.options.model}"
+        )
     host = host_of(run.method)
     if isinstance(host, Ssod) and host.train == "head" and list(before.classes) != known:
         raise ValueError(

@@ -14,19 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from backmix.pipeline.beton import open_set
 from backmix.pipeline.options import usable_cores
 from backmix.train import protocols
+from backmix.train.check import check
 from backmix.train.checkpoint import write_atomically
 from backmix.train.jobs import Job, Say, finished, run_jobs
 from backmix.train.log import Progress
 from backmix.train.options import Arpl, Run, TableOptions, host_of
-from backmix.train.recipes import METHOD_ROWS, RECIPES
+from backmix.train.recipes import METHOD_ROWS, RECIPES, parse_run
 from backmix.train.results import read_all
 from backmix.train.run_folder import read_config
 from backmix.train.table_page import table_document, table_page
 
 SMALL = (
-    "--model classifier32-quarter --epochs 12 --loader.batch 128 --optim.kind sgd --optim.lr 0.1 "
+    "--model classifier32-quarter --loader.batch 128 --optim.kind sgd --optim.lr 0.1 "
     "--optim.momentum 0.9 --optim.weight-decay 5e-4 --optim.schedule cosine --optim.warmup 0.1 "
     "--threads 1"
 )
@@ -61,6 +63,9 @@ def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
     grid = cells(base, options)
     if not options.data or not options.test:
         raise ValueError("a table needs both sets: --data TRAIN.beton --test TEST.beton")
+    for cell in grid:
+        _check(cell, options)
+    _check_sets(options)
     runs = options.out / "runs"
     left = [job for cell in grid if (job := _job(cell, runs, options)) is not None]
     # The small budget trains on one thread a cell; the full one on all cores, or on the GPU.
@@ -72,16 +77,18 @@ def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
     )
     watch = _Watch(left, runs, grid, quiet=options.quiet)
     failed = run_jobs(left, workers, say, keep_going=True, watch=watch)
-    done = [runs / cell.name for cell in grid if (runs / cell.name / "metrics.json").exists()]
+    done = [runs / cell.name for cell in grid if cell.name not in failed]
     if not done:
-        raise ValueError("no cell could be finished; the first said: " + failed[0])
+        raise ValueError(
+            "no cell could be finished; the first said: " + next(iter(failed.values()))
+        )
     document = table_document(read_all(done))
     page = table_page(document)
     write_atomically(options.out / "table.md", page.encode())
-    write_atomically(options.out / "table.json", (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(options.out / "table.json", (json.dumps(document) + "\n").encode())
     say(page)
     say(f"wrote {options.out / 'table.md'} and table.json; {len(done)} of {len(grid)} cells")
-    for message in failed:
+    for message in failed.values():
         say(f"not in it: {message}")
     return 1 if failed else 0
 
@@ -154,6 +161,30 @@ def _epochs(run: Run, options: TableOptions) -> list[str]:
     return ["--epochs", str(passes * epochs)]
 
 
+def _check(cell: Cell, options: TableOptions) -> None:
+    """Refuse a cell's options before the first cell is trained."""
+    given = ["--data", *map(str, options.data), "--out", str(options.out), *cell.options]
+    try:
+        check(parse_run(cell.recipe, given))
+    except SystemExit:
+        raise ValueError(
+            f"{cell.name}: its training options are not understood, see above"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{cell.name}: {error}") from error
+
+
+def _check_sets(options: TableOptions) -> None:
+    """Refuse sets that are not there before the first cell is trained."""
+    for files in (options.data, options.test, options.unknown_data):
+        if files:
+            open_set(files).close()
+    for given in options.unknown:
+        name, equals, path = given.partition("=")
+        if not (name and equals and Path(path).exists()):
+            raise ValueError(f"--unknown {given}: write NAME=PATH, with the path of what is there")
+
+
 def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
     """Return what is left to do for a cell, or None."""
     run = runs / cell.name
@@ -180,10 +211,18 @@ def _refuse_other_training(run: Path, cell: Cell) -> None:
     words = shlex.split(read_config(run).get("command", ""))
     options = words[words.index("--out") + 2 :] if "--out" in words else []
     if words[2:3] != [cell.recipe] or options != list(cell.options):
+        was, wanted = set(_pairs(options)), set(_pairs(cell.options))
+        before = ", ".join(sorted(was - wanted)) or "no other option"
+        now = ", ".join(sorted(wanted - was)) or "no other option"
         raise ValueError(
-            f"{run} is finished, but of another grid: it was trained by `{shlex.join(words)}`, "
-            f"this one asks for {cell.recipe} {shlex.join(cell.options)}: choose another --out"
+            f"{run} is finished, but of another grid: it was {words[2]} with {before}, this one "
+            f"asks for {cell.recipe} with {now}: choose another --out"
         )
+
+
+def _pairs(options: Sequence[str]) -> list[str]:
+    """Return options with their values as one text each."""
+    return " ".join(options).replace(" --", "\n--").splitlines()
 
 
 def _judged(run: Path, options: TableOptions) -> bool:

@@ -27,10 +27,11 @@ def table_document(groups: Sequence[Group]) -> dict[str, Any]:
     """Return every figure of a grid of runs as plain JSON values, in [0, 1].
 
     {"problem": protocol and family, "runs": [{"folder", "method", "list", "seed", "repeats",
-    "model", "epochs", "commit", "torch", "device", "minutes", "command"}], "sets": {UNKNOWN:
-    {"known": [smallest, greatest number of images], "unknown": likewise, "cues": {CUE: [figure]}}},
-    "rows": [{"method", "unknown", "score", "own": whether it is the method's own score, "runs":
-    [folder], "figures": {METRIC: [a value a run]}, "differences": {METRIC: [a value a pair]}}]}.
+    "model", "epochs", "commit", "torch", "device", "minutes", "command", "notes"}], "sets":
+    {UNKNOWN: {"known": [smallest, greatest number of images], "unknown": likewise, "cues": {CUE:
+    [figure]}}}, "rows": [{"method", "unknown", "score", "own": whether it is the method's own,
+    "runs": [folder], "figures": {METRIC: [a value a run]}, "differences": {METRIC: [a value a
+    pair]}}]}.
     `repeats` marks runs on a class list that poses the same problem as an earlier one.
     """
     runs = [run for group in groups for run in group.runs]
@@ -90,6 +91,7 @@ def _run(run: Judged, method: str) -> dict[str, Any]:
         "device": run.config["resolved"]["device"],
         "minutes": round((run.ended - run.began).total_seconds() / 60, 1),
         "command": run.config["command"],
+        "notes": run.metrics["notes"],
     }
 
 
@@ -141,7 +143,14 @@ def table_page(document: Mapping[str, Any], level: int = 1) -> str:
             *_every_score(rows),
             *_cues(images["cues"]),
         ]
-    return "\n".join(lines)
+    told: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run["notes"]:
+            told.setdefault(note, []).append(run["folder"])
+    for note, folders in told.items():
+        everywhere = len(folders) == len(runs)
+        lines.append(f"- {'' if everywhere else ', '.join(folders) + ': '}{note}")
+    return "\n".join([*lines, ""] if told else lines)
 
 
 def _main_table(rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Any]) -> list[str]:

@@ -434,17 +434,26 @@ def test_own_scores_come_first_and_the_others_are_folded_away(trained, claimed):
     shown, folded = re.findall(r'aria-label="(?:Results|Further scores) on unknown">.*?</table>',
                                page, re.DOTALL)  # fmt: skip
     scores = [re.findall(r'scope="rowgroup"[^>]*>([^<]*)<', part) for part in (shown, folded)]
-    assert scores[0] == ["ssod", "ssod_joint", "arpl", "arpl_dot", "MaxLogit", "MSP", "Energy"]
+    assert scores[0] == [
+        "SSOD head",
+        "SSOD joint",
+        "ARPL",
+        "ARPL without norm",
+        "MaxLogit",
+        "MSP",
+        "Energy",
+    ]
     stored = set(
         json.loads((trained[0] / "metrics.json").read_text())["unknown"]["unknown"]["scores"]
     )
-    assert set(scores[1]) == set(stored) - {"max_logit", "msp", "energy"} and scores[1]
+    shown_names = {results.SCORE_NAMES.get(name, name) for name in stored}
+    assert set(scores[1]) == shown_names - {"MaxLogit", "MSP", "Energy"} and scores[1]
     assert (
         "<summary>" in page[: page.index('aria-label="Further scores')].rsplit("</details>", 1)[-1]
     )
-    assert "| ssod | BackMix + SSOD |" in text and "| gen |" not in text
+    assert "| SSOD head | BackMix + SSOD |" in text and "| GEN |" not in text
     # A score that only one method has is a curve of that method alone.
-    assert "ssod: BackMix + SSOD" in page and "ssod: softmax" not in page
+    assert "SSOD head: BackMix + SSOD" in page and "SSOD head: softmax" not in page
 
 
 def test_curves_of_stored_scores_are_those_of_the_scores(trained):

@@ -115,14 +115,14 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
         out=tmp_path / "table",
         data=(train,),
         test=(test,),
-        methods="softmax,backmix,backmix --method.patch 99",
+        methods=f"softmax,backmix,backmix --method.masks {tmp_path / 'nowhere'}",
         lists=(0,),
         options=TINY,
         quiet=True,
     )
     said: list[str] = []
     assert run_table("cifar10", options, say=said.append) == 1
-    assert "--method.patch must be 1 .. 32" in said[-1] and said[-1].startswith("not in it")
+    assert "nowhere is no folder" in said[-1] and said[-1].startswith("not in it")
     page = (options.out / "table.md").read_text()
     assert "| softmax | MaxLogit | 1 |" in page and "| BackMix | MaxLogit | 1 |" in page
     rows = json.loads((options.out / "table.json").read_text())["rows"]
@@ -158,8 +158,22 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
     assert run_table("cifar10", asked, say=said.append) == 0
     assert said[0].startswith("1 cells, 1 of them finished")
 
-    with pytest.raises(ValueError, match="softmax-A0-seed0 is finished, but of another grid"):
+    with pytest.raises(ValueError, match="of another grid: .* this one asks for .* --epochs 7"):
         run_table("cifar10", replace(asked, epochs=7), say=said.append)
+
+    # What cannot be is refused before any cell is trained.
+    fresh = replace(asked, out=tmp_path / "fresh")
+    for changes, message in (
+        ({"methods": "softmax,backmix --method.patch 99"}, "method.patch must be 1 .. 32"),
+        ({"methods": "softmax --method.patch 3"}, "options are not understood"),
+        ({"options": "--loader.batchh 4"}, "options are not understood"),
+        ({"test": (tmp_path / "nope.beton",)}, "nope"),
+        ({"unknown": ("textures",)}, "write NAME=PATH"),
+        ({"unknown": (f"x={tmp_path / 'nope'}",)}, "write NAME=PATH"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            run_table("cifar10", replace(fresh, **changes), say=said.append)
+    assert not fresh.out.exists()
 
 
 def test_a_table_needs_its_sets(tmp_path: Path) -> None:
