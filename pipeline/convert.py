@@ -665,6 +665,19 @@ def _size(result: Stored | str) -> int:
 
 def _died(worker: _Worker) -> ChildProcessError:
     code = worker.process.wait()
+    # What it handed over before is not what it died of. A reset is told once, ahead of the data.
+    resets = 0
+    while len(worker.tasks) > 1:
+        try:
+            _recv(worker.connection)
+        except ConnectionResetError:
+            resets += 1
+            if resets > 1:
+                break
+        except (EOFError, OSError):
+            break
+        else:
+            worker.tasks.popleft()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return ChildProcessError(
         f"a worker process {how} while it worked on {_where(worker.tasks[0][1])}; if memory ran "

@@ -22,7 +22,8 @@ PACKAGE = Path(module.__file__).parents[2]
 
 # Converts with a pause after every image and says how far it is.
 SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from pathlib import Path
 from backmix.pipeline.convert import convert
 from backmix.pipeline.options import ConvertOptions

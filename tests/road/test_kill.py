@@ -100,7 +100,8 @@ def test_a_second_start_on_a_live_run_is_refused(
     run = tiny_run(tiny_set(tmp_path / "tiny.beton"), tmp_path / "run", epochs=1000)
     first = start(run, 0.0)
     deadline = time.monotonic() + SECONDS
-    while not (run.out / "log.jsonl").exists() and time.monotonic() < deadline:
+    log = run.out / "log.jsonl"  # a row in it: steps have been taken, so there is something to keep
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     from backmix.train.run import train
 

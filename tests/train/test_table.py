@@ -158,7 +158,7 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
     assert run_table("cifar10", asked, say=said.append) == 0
     assert said[0].startswith("1 cells, 1 of them finished")
 
-    with pytest.raises(ValueError, match="of another grid: .* this one asks for .* --epochs 7"):
+    with pytest.raises(ValueError, match=r"of another grid: .* this one asks for .* --epochs 7"):
         run_table("cifar10", replace(asked, epochs=7), say=said.append)
 
     # What cannot be is refused before any cell is trained.
