@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,25 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, make it durable, then rename: the old file or the new.
+    """Write `data` as `write_parts` does."""
+    pause = float(os.environ.get(_PAUSE, "0"))
+    chunk = max(1, len(data) // 8) if pause else _CHUNK
+    parts = (data[start : start + chunk] for start in range(0, len(data), chunk))
+    write_parts(path, parts, len(data))
 
-    Raises OSError naming the file, the bytes needed and the bytes free, and leaves nothing behind.
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview], size: int) -> None:
+    """Write parts beside `path`, make them durable, then rename: the old file or the new.
+
+    Raises OSError naming the file, the bytes needed (`size`) and the bytes free, and leaves nothing
+    behind.
     """
     beside = path.with_name(path.name + ".tmp")
     pause = float(os.environ.get(_PAUSE, "0"))
     try:
         with open(beside, "wb") as file:
-            chunk = max(1, len(data) // 8) if pause else _CHUNK
-            for start in range(0, len(data), chunk):
-                file.write(data[start : start + chunk])
+            for part in parts:
+                file.write(part)
                 if pause:
                     file.flush()
                     time.sleep(pause)
@@ -61,7 +69,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             error.errno,
-            f"cannot write {path}: {error.strerror} ({len(data):,} bytes needed, {free:,} free)",
+            f"cannot write {path}: {error.strerror} ({size:,} bytes needed, {free:,} free)",
         ) from error
     sync_folder(path.parent)
 

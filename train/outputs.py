@@ -7,10 +7,8 @@ copies it chunk by chunk, and `load_outputs` maps the file.
 """
 
 import json
-import os
-import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Self
@@ -18,7 +16,7 @@ from typing import IO, Any, Literal, Self
 import numpy as np
 import safetensors
 
-from backmix.train.checkpoint import sync_folder
+from backmix.train.checkpoint import write_parts
 
 TENSORS = ("logits", "features", "labels", "index")
 EXTRA, SCORE = "extra.", "score."
@@ -138,25 +136,15 @@ def store(path: Path, outputs: Outputs) -> None:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, array in arrays:
-                step = max(1, _CHUNK * len(array) // max(array.nbytes, 1))
-                for row in range(0, len(array), step):
-                    file.write(np.ascontiguousarray(array[row : row + step]).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            error.errno,
-            f"cannot write {path}: {error.strerror} ({end:,} bytes needed, {free:,} free)",
-        ) from error
-    sync_folder(path.parent)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for _, array in arrays:
+            step = max(1, _CHUNK * len(array) // max(array.nbytes, 1))
+            for row in range(0, len(array), step):
+                yield np.ascontiguousarray(array[row : row + step]).data
+
+    write_parts(path, parts(), end)
 
 
 def load_outputs(path: Path) -> Outputs:

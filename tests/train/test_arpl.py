@@ -20,7 +20,7 @@ from backmix.train.options import Arpl, Augment, BackMix, Optim, Run
 from backmix.train.run import prepare_run
 from backmix.train.trained import load_model
 from tests.runs import tiny_images, tiny_run, tiny_set
-from tests.train.test_loop import NoWaiting, fingerprint, start, stop_after
+from tests.train.test_loop import NoWaiting, assert_same_bits_when_stopped, start
 
 PLAIN = torch.autocast("cpu", enabled=False)
 
@@ -238,14 +238,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 ) -> None:
     run = run_of(data, tmp_path / "whole", method)
     assert start(run) == 0
-    other = replace(run, out=tmp_path / "stopped")
-    codes = []
-    for count in (1, 3, 99):
-        with monkeypatch.context() as patch:
-            stop_after(patch, count)
-            codes.append(start(other))
-    assert codes == [75, 75, 0]
-    assert fingerprint(other.out) == fingerprint(run.out)
+    assert_same_bits_when_stopped(run, tmp_path / "stopped", monkeypatch, (1, 3, 99))
     tensors, _ = load_tensors(checkpoint_path(run.out, 6))
     assert "optimizer.head.points.momentum_buffer" in tensors and "model.head.radius" in tensors
 

@@ -18,7 +18,7 @@ from backmix.train.options import Augment, BackMix, Run, Softmax, Ssod
 from backmix.train.run import prepare_run
 from backmix.train.state import State
 from tests.runs import tiny_run, tiny_set
-from tests.train.test_loop import NoWaiting, fingerprint, start, stop_after
+from tests.train.test_loop import NoWaiting, assert_same_bits_when_stopped, start
 
 SIZES = ((32, 32), (33, 47), (5, 7))
 
@@ -388,14 +388,7 @@ def test_a_stopped_run_with_a_pool_ends_with_the_same_bits(
     schedule = replace(run.optim, schedule="restarts", cycles=2, warmup=0.3)
     run = replace(run, augment=POOLS[name], optim=schedule, model="classifier32-quarter")
     assert start(run) == 0
-    other = replace(run, out=tmp_path / "stopped")
-    codes = []
-    for count in (1, 3, 99):
-        with monkeypatch.context() as patch:
-            stop_after(patch, count)
-            codes.append(start(other))
-    assert codes == [75, 75, 0]
-    assert fingerprint(other.out) == fingerprint(run.out)
+    assert_same_bits_when_stopped(run, tmp_path / "stopped", monkeypatch, (1, 3, 99))
 
 
 @pytest.mark.parametrize("method", METHODS)

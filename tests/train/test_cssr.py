@@ -33,7 +33,7 @@ from backmix.train.run import prepare_run
 from backmix.train.scores.cssr import CssrFit, Standard, cell_figures, cssr, standard_of
 from backmix.train.trained import load_model
 from tests.runs import tiny_run, tiny_set, write_set
-from tests.train.test_loop import NoWaiting, fingerprint, start, stop_after
+from tests.train.test_loop import NoWaiting, assert_same_bits_when_stopped, start
 
 scores_module = import_module("backmix.train.scores.cssr")  # `scores` shows the function instead
 
@@ -303,14 +303,8 @@ def test_a_stopped_run_ends_with_the_same_bits(
 ) -> None:
     run = cssr_run(data, tmp_path / "whole", METHODS[name], epochs=2)
     assert start(run) == 0
-    other = replace(run, out=tmp_path / "stopped")
-    codes = []
-    for count in (2, 3, 99):  # inside an epoch, and at its end
-        with monkeypatch.context() as patch:
-            stop_after(patch, count)
-            codes.append(start(other))
-    assert codes == [75, 75, 0]
-    assert fingerprint(other.out) == fingerprint(run.out)
+    # inside an epoch, and at its end
+    assert_same_bits_when_stopped(run, tmp_path / "stopped", monkeypatch, (2, 3, 99))
 
 
 @pytest.mark.parametrize("name", ["prototype", "backmix", "mix"])

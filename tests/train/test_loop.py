@@ -72,6 +72,20 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(loop, "take_step", counted)
 
 
+def assert_same_bits_when_stopped(
+    run: Run, out: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]
+) -> None:
+    """Hold a finished run against one that is stopped after so many steps of each start."""
+    other = replace(run, out=out)
+    codes = []
+    for count in counts:
+        with monkeypatch.context() as patch:
+            stop_after(patch, count)
+            codes.append(start(other))
+    assert codes == [75] * (len(counts) - 1) + [0]
+    assert fingerprint(other.out) == fingerprint(run.out)
+
+
 def test_a_run_writes_its_folder(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert start(tiny_run(data, out)) == 0

@@ -242,13 +242,13 @@ def test_ends_of_lines_and_blanks_are_no_part_of_a_list(tmp_path: Path) -> None:
     # ImageNet-200's own list ends its lines with a blank, and copies have the ends of Windows.
     path = tmp_path / "x.txt"
     path.write_bytes("\ufeffx/a.png 1 \r\n\r\nx/b.png 0 \r\nx/c.png 1".encode())
-    items = read_list(path, tmp_path / "root", [7, 3])
+    items = read_list(path, tmp_path / "data", [7, 3])
     assert [(item.name, item.label) for item in items] == [
         ("x/a.png", 3),
         ("x/b.png", 7),
         ("x/c.png", 3),
     ]
-    assert items[1].path == f"{tmp_path}/root/x/b.png"
+    assert items[1].path == f"{tmp_path}/data/x/b.png"
     assert items[2].listed == f"{path}, line 4"
 
 

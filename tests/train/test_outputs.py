@@ -134,7 +134,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path, monkeypatch
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr("backmix.train.checkpoint.os.fsync", full)
     with pytest.raises(OSError, match=r"cannot write .*scenes.safetensors: No space left .* free"):
         store(path, some(3))
     monkeypatch.undo()

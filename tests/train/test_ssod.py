@@ -1,11 +1,9 @@
 """SSOD: which locations are samples, what they cost, when they begin to count, what they teach."""
 
-import hashlib
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,10 +31,10 @@ from backmix.train.methods.ssod import (
     new_rejection,
 )
 from backmix.train.options import Augment, BackMix, Optim, Run, Softmax, Split, Ssod
-from backmix.train.run import begin, prepare_run, train
+from backmix.train.run import begin, prepare_run
 from backmix.train.state import State
 from tests.runs import SIDE, tiny_run, tiny_set, write_set
-from tests.train.test_loop import NoWaiting
+from tests.train.test_loop import NoWaiting, assert_same_bits_when_stopped, start
 
 CPU = torch.device("cpu")
 OPEN = Ssod(gate_known=0.0, gate_accuracy=0.0)
@@ -590,29 +588,6 @@ def test_alone_the_rejection_head_is_all_that_has_a_gradient(data: Path, tmp_pat
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def start(run: Run) -> int:
-    return train(run, "test", ["backmix", "train"])
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Let SIGTERM arrive after so many steps of this process."""
-    real, taken = loop.take_step, [0]
-
-    def counted(*arguments: object) -> Tensor:
-        taken[0] += 1
-        if taken[0] == count:
-            signal.raise_signal(signal.SIGTERM)
-        return real(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "take_step", counted)
-
-
-def fingerprint(run: Path) -> dict[str, str]:
-    names = ["model.safetensors", "log.jsonl", "summary.csv"]
-    names += [f"checkpoints/{p.name}" for p in sorted((run / "checkpoints").iterdir())[-1:]]
-    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
-
-
 HEAD = Ssod(train="head", share=0.25)
 METHODS = {
     "joint": replace(OPEN, share=0.2, require_correct=True),
@@ -642,14 +617,8 @@ def test_a_stopped_run_ends_with_the_same_bits(
     rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["gate"] == 1  # what is stopped in between is the ramp
     assert all(math.isfinite(row["rejection_loss"]) for row in rows)
-    other = replace(run, out=tmp_path / "stopped")
-    codes = []
-    for count in (2, 2, 99):  # inside the ramp, inside the next epoch
-        with monkeypatch.context() as patch:
-            stop_after(patch, count)
-            codes.append(start(other))
-    assert codes == [75, 75, 0]
-    assert fingerprint(other.out) == fingerprint(run.out)
+    # Inside the ramp, inside the next epoch.
+    assert_same_bits_when_stopped(run, tmp_path / "stopped", monkeypatch, (2, 2, 99))
 
 
 @pytest.mark.parametrize("name", ["joint", "mixes"])
