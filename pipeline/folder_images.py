@@ -4,7 +4,10 @@ For images that are looked at once, such as the unknown sets of an evaluation: n
 and nothing is drawn.
 """
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +19,10 @@ from backmix.pipeline.decode import cut, decoding_threads
 from backmix.pipeline.draws import centre_boxes
 from backmix.pipeline.images import check_size, decode_rgb
 from backmix.pipeline.sources.source import Item
+from backmix.pipeline.views import to_device
+
+AHEAD = 2
+"""Batches that are read and decoded while the one before them is used."""
 
 
 @dataclass
@@ -28,6 +35,10 @@ class Reading:
     """Bytes of the encoded images that were not left out, in their order."""
     digest: str = ""
     """Identifies names and bytes of all images."""
+    marks: bytes = b""
+    """What the digest is made of: 16 bytes for each image."""
+    decoding: float = 0.0
+    """Seconds in which threads read and decoded, all threads together."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class _Read:
     box: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     size: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     problem: str = ""
+    seconds: float = 0.0
+    """That it took."""
 
 
 Shown = tuple[np.ndarray, np.ndarray]
@@ -111,35 +124,56 @@ def read_batches(
         threads: of decoding; 0 = one per core.
         device: where the batches lie.
 
-    Yields batches whose `index` is the position in `items`.
+    Yields batches whose `index` is the position in `items`. Meanwhile threads read `AHEAD` batches
+    further.
     """
-    digest = xxhash.xxh3_128()
 
     def read(item: Item) -> _Read:
-        data = b""
+        began, data = time.perf_counter(), b""
         try:
             data = item.read()
             pixels = decode_rgb(data)
-            return _Read(data, *show(pixels), np.array(pixels.shape[:2], np.int32))
+            view, box = show(pixels)
+            size = np.array(pixels.shape[:2], np.int32)
+            return _Read(data, view, box, size, seconds=time.perf_counter() - began)
         except (ValueError, OSError) as error:
-            return _Read(data, problem=_problem(item, error))
+            seconds = time.perf_counter() - began
+            return _Read(data, problem=_problem(item, error), seconds=seconds)
 
+    def finish(begun: list[tuple[int, Future[_Read]]]) -> list[tuple[int, _Read]]:
+        good: list[tuple[int, _Read]] = []
+        for number, task in begun:
+            item, image = items[number], task.result()
+            reading.decoding += image.seconds
+            named = f"{item.name}\0{len(image.data)}\0".encode()
+            reading.marks += xxhash.xxh3_128(named + image.data).digest()
+            if image.problem:
+                reading.bad.append(image.problem)
+            else:
+                reading.file_sizes.append(len(image.data))
+                good.append((number, image))
+        return good
+
+    pending: deque[list[tuple[int, Future[_Read]]]] = deque()
     with decoding_threads(threads) as pool:
-        for start in range(0, len(items), batch):
-            some = items[start : start + batch]
-            good: list[tuple[int, _Read]] = []
-            for number, (item, image) in enumerate(
-                zip(some, pool.map(read, some), strict=True), start
-            ):
-                digest.update(f"{item.name}\0{len(image.data)}\0".encode() + image.data)
-                if image.problem:
-                    reading.bad.append(image.problem)
-                else:
-                    reading.file_sizes.append(len(image.data))
-                    good.append((number, image))
-            if good:
-                yield _batch_of(good, items, device)
-    reading.digest = digest.hexdigest()
+        try:
+            for start in range(0, len(items) + AHEAD * batch, batch):
+                numbers = range(start, min(start + batch, len(items)))
+                pending.append([(number, pool.submit(read, items[number])) for number in numbers])
+                if len(pending) > AHEAD:
+                    good = finish(pending.popleft())
+                    if good:
+                        yield _batch_of(good, items, device)
+        finally:
+            for begun in pending:
+                for _, task in begun:
+                    task.cancel()
+    reading.digest = digest_of(reading.marks)
+
+
+def digest_of(marks: bytes) -> str:
+    """Return what identifies images, from the checksums of each, one after the other."""
+    return xxhash.xxh3_128(marks).hexdigest()
 
 
 def _problem(item: Item, error: Exception) -> str:
@@ -150,18 +184,20 @@ def _problem(item: Item, error: Exception) -> str:
 def _batch_of(
     images: Sequence[tuple[int, _Read]], items: Sequence[Item], device: torch.device | str
 ) -> Batch:
-    def tensor(values: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(values)).to(device)
+    device = torch.device(device)
+
+    def tensor(values: Sequence[np.ndarray | int]) -> torch.Tensor:
+        return to_device(np.stack(values), device)
 
     n = len(images)
     numbers = np.array([number for number, _ in images])
-    index = torch.from_numpy(numbers).to(device)
+    index = to_device(numbers, device)
     return Batch(
         pool=tensor([image.view for _, image in images]),
         pool_index=index,
         rows=torch.arange(n, device=device),
         index=index,
-        labels=torch.tensor([items[number].label for number in numbers.tolist()], device=device),
+        labels=tensor([items[number].label for number in numbers.tolist()]),
         boxes=tensor([image.box for _, image in images]),
         sizes=tensor([image.size for _, image in images]),
         status=torch.zeros(n, dtype=torch.uint8, device=device),

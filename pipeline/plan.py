@@ -47,13 +47,17 @@ class Plan:
         """Images per mix group."""
         return self.options.group or min(64, self.options.batch)
 
-    def parts(self, place: "Place") -> Iterator[Part]:
+    def parts(self, place: "Place", sequence: np.ndarray | None = None) -> Iterator[Part]:
         """Yield this rank's part of every step from `place` to the end of the epoch.
 
         The steps lie on a fixed grid: step g takes the positions g * batch onwards of the epoch's
         order, and a place inside a step yields the rest of it first. In training a step is cut
         into mix groups, which are dealt whole and contiguously to the ranks; where there are fewer
         groups than ranks, some parts are empty.
+
+        Args:
+            place: where to begin.
+            sequence: `sequence(place)`, where somebody has computed it already.
         """
         n, batch = len(self.subset), self.options.batch
         if not 0 <= place.consumed <= n or not 0 <= place.epoch < 1 << 32:
@@ -61,7 +65,7 @@ class Plan:
                 f"epoch {place.epoch}, sample {place.consumed} is no place in a set of {n} "
                 "samples: it belongs to other data"
             )
-        sequence = self._sequence(place)
+        sequence = self.sequence(place) if sequence is None else sequence
         group = self.group if self.training else 1
         start = place.consumed
         while start < n:
@@ -103,7 +107,8 @@ class Plan:
         """Bad images that an epoch may have; one is always allowed, however small the set."""
         return max(1, int(self.options.max_bad * len(self.subset)))
 
-    def _sequence(self, place: "Place") -> np.ndarray:
+    def sequence(self, place: "Place") -> np.ndarray:
+        """Return the positions of the epoch of `place` in their order, int64 [n]."""
         n = len(self.subset)
         if not self.training:
             return np.arange(n)

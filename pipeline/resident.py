@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backmix.pipeline.batch import Batch, HostRows, Place
 from backmix.pipeline.decode import cut, decoding_threads, read_image
-from backmix.pipeline.plan import Plan
+from backmix.pipeline.plan import Part, Plan
 from backmix.pipeline.views import GOOD, MOST_ATTEMPTS, REPLACED, WARNED, to_device, too_many_bad
 
 CHUNK = 1024
@@ -67,28 +67,41 @@ class Resident:
     def batches(self, place: Place) -> Iterator[Batch]:
         """Yield this rank's batches from `place` to the end of the epoch; the pool is shared."""
         for part in self.plan.parts(place):
-            rows = part.positions
-            bad = np.isin(rows, list(self._errors)) if self._errors else np.zeros(len(rows), bool)
-            if not self.plan.training:
-                rows, bad = rows[~bad], bad[~bad]
-            elif bad.any():
-                rows = rows.copy()
-                rows[bad] = [self._replacement(part.place, int(row)) for row in rows[bad]]
-            index = self.plan.subset.index[rows]
-            status = np.where(bad, REPLACED, self._status[rows]).astype(np.uint8)
-            yield Batch(
-                pool=self._pool,
-                pool_index=self._device_index,
-                rows=to_device(rows, self.device),
-                index=to_device(index, self.device),
-                labels=to_device(self.plan.subset.labels[rows], self.device),
-                boxes=to_device(self._boxes[rows], self.device),
-                sizes=to_device(self.plan.data.sizes[index], self.device),
-                status=to_device(status, self.device),
-                group=0,
-                place=part.place,
-                host=HostRows(self._pool_index, rows),
-            )
+            yield self._batch(part)
+
+    def whole_steps(self, place: Place) -> tuple[Batch, list[Place]]:
+        """Return the images of all steps left in an epoch that are not short, as one batch.
+
+        With the place after each of these steps; the batch has no rows where there is no such step.
+        """
+        parts = [p for p in self.plan.parts(place) if len(p.positions) == self.plan.options.batch]
+        positions = [part.positions for part in parts]
+        everything = np.concatenate(positions) if parts else np.zeros(0, np.int64)
+        return self._batch(Part(everything, place)), [part.place for part in parts]
+
+    def _batch(self, part: Part) -> Batch:
+        rows = part.positions
+        bad = np.isin(rows, list(self._errors)) if self._errors else np.zeros(len(rows), bool)
+        if not self.plan.training:
+            rows, bad = rows[~bad], bad[~bad]
+        elif bad.any():
+            rows = rows.copy()
+            rows[bad] = [self._replacement(part.place, int(row)) for row in rows[bad]]
+        index = self.plan.subset.index[rows]
+        status = np.where(bad, REPLACED, self._status[rows]).astype(np.uint8)
+        return Batch(
+            pool=self._pool,
+            pool_index=self._device_index,
+            rows=to_device(rows, self.device),
+            index=to_device(index, self.device),
+            labels=to_device(self.plan.subset.labels[rows], self.device),
+            boxes=to_device(self._boxes[rows], self.device),
+            sizes=to_device(self.plan.data.sizes[index], self.device),
+            status=to_device(status, self.device),
+            group=0,
+            place=part.place,
+            host=HostRows(self._pool_index, rows),
+        )
 
     def close(self) -> None:
         """Do nothing: the pool goes with the last batch that holds it."""

@@ -137,6 +137,7 @@ class Writer:
         self._sizes = np.zeros(samples, np.uint64)
         self._hashes = np.zeros(samples, np.uint64)
         self._flags = np.zeros(samples, np.uint32)
+        self._own = np.ones(samples, bool)
         self._name_ends = np.zeros(samples + 1, np.uint64)
         self._names = bytearray()
         self._page_hashes: list[int] = []
@@ -172,16 +173,35 @@ class Writer:
             raise self._failed(error) from error
         i = self._count
         self._metadata["f0"][i] = (record.mode, record.width, record.height, self._end)
-        self._metadata["f1"][i] = record.label
         self._sizes[i] = len(data)
         self._hashes[i] = xxhash.xxh3_64_intdigest(data)
         self._flags[i] = record.flags
-        # Half characters of undecodable file names become escapes: the names are valid UTF-8.
-        self._names += record.name.encode("utf-8", "backslashreplace")
-        self._name_ends[i + 1] = len(self._names)
         self._page.update(data)
         self._end += len(data)
+        self._add(record.label, record.name)
+
+    def repeat(self, i: int, label: int, name: str) -> None:
+        """Add a sample that shows the stored bytes of sample i once more; they take no room again.
+
+        Stock ffcv reads such files, too, but for its orders that go by pages, which leave out
+        samples without bytes of their own.
+        """
+        if not 0 <= i < self._count:
+            raise ValueError(
+                f"{self.path}: there is no sample {i} to repeat, {self._count} were stored"
+            )
+        self._check_sample(label, name)
+        for column in (self._metadata["f0"], self._sizes, self._hashes, self._flags):
+            column[self._count] = column[i]
+        self._own[self._count] = False
+        self._add(label, name)
+
+    def _add(self, label: int, name: str) -> None:
+        self._metadata["f1"][self._count] = label
+        # Half characters of undecodable file names become escapes: the names are valid UTF-8.
+        self._names += name.encode("utf-8", "backslashreplace")
         self._count += 1
+        self._name_ends[self._count] = len(self._names)
 
     def close(self) -> None:
         """Finish the file and give it its name; everything is on the disk when this returns."""
@@ -246,11 +266,7 @@ class Writer:
 
     def _check(self, record: Record, length: int) -> None:
         """Refuse what the reader would refuse, with the sample's name."""
-        if self._file.closed:
-            raise ValueError(f"{self.path}: the writer is closed, no more samples can be added")
-        who = f"{self.path}: sample {self._count} ({beton.printable(record.name)})"
-        if self._count == self._samples:
-            raise ValueError(f"{who} is one more than the {self._samples} announced")
+        who = self._check_sample(record.label, record.name)
         if length > self._page_size:
             raise ValueError(
                 f"{who} takes {length} bytes and does not fit a page of {self._page_size}: choose "
@@ -266,12 +282,21 @@ class Writer:
             raise ValueError(f"{who} has mode {record.mode}, not 0 (jpg) or 1 (raw)")
         if length == 0 or (record.mode == beton.RAW and length != 3 * h * w):
             raise ValueError(f"{who} of {h} x {w} pixels has {length} bytes")
-        if not 0 <= record.label < self._classes:
-            raise ValueError(f"{who} has label {record.label}, there are {self._classes} classes")
         if not 0 <= record.flags < 1 << 32:
             raise ValueError(f"{who} has flags {record.flags}, not 32 bits")
-        if len(record.name) > MAX_NAME or len(record.name.encode("utf-8", "replace")) > MAX_NAME:
+
+    def _check_sample(self, label: int, name: str) -> str:
+        """Refuse what no sample may be, whatever its bytes; returns how messages call it."""
+        if self._file.closed:
+            raise ValueError(f"{self.path}: the writer is closed, no more samples can be added")
+        who = f"{self.path}: sample {self._count} ({beton.printable(name)})"
+        if self._count == self._samples:
+            raise ValueError(f"{who} is one more than the {self._samples} announced")
+        if not 0 <= label < self._classes:
+            raise ValueError(f"{who} has label {label}, there are {self._classes} classes")
+        if len(name) > MAX_NAME or len(name.encode("utf-8", "replace")) > MAX_NAME:
             raise ValueError(f"{who[:200]}... has a name of more than {MAX_NAME} bytes")
+        return who
 
     def _end_page(self) -> None:
         """Fill the page with zeros: stock ffcv reads whole pages only."""
@@ -290,10 +315,11 @@ class Writer:
             raise ValueError(f"{self.path}: no sample was stored, the file would be empty")
         self._end_page()
         metadata = self._metadata[:n]
-        table = np.zeros(n, beton.REGION)
-        table["sample_id"] = np.arange(n)
-        table["ptr"] = metadata["f0"]["data_ptr"]
-        table["size"] = self._sizes[:n]
+        own = np.flatnonzero(self._own[:n])
+        table = np.zeros(len(own), beton.REGION)
+        table["sample_id"] = own
+        table["ptr"] = metadata["f0"]["data_ptr"][own]
+        table["size"] = self._sizes[own]
 
         tables = {
             "sample_hash": self._hashes[:n],

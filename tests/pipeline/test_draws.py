@@ -66,6 +66,13 @@ def test_a_block_is_philox_of_the_stated_counter(seed, epoch, index, stream, num
     ]
 
 
+def test_the_words_of_many_samples_are_those_of_each():
+    index = np.arange(10**6, 10**6 + 2 * 8192 + 3)  # more than are computed together
+    x = draws.block(5, 6, index, "order", 1).astype(np.uint64)
+    expected = x[:, 0] | x[:, 1] << np.uint64(32)
+    assert np.array_equal(draws.words(5, 6, index, "order", 1), expected)
+
+
 def test_the_stream_numbers_never_change():
     assert list(draws.STREAMS) == (
         "order crop flip shift donor patch tie apply replacement holdout proportion strong".split()

@@ -1,12 +1,20 @@
 """Files as batches: what a view shows, what is left out, and how it is named."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from backmix.pipeline.folder_images import Reading, box_view, central_view, read_batches
+from backmix.pipeline.folder_images import (
+    AHEAD,
+    Reading,
+    Shown,
+    box_view,
+    central_view,
+    read_batches,
+)
 from backmix.pipeline.sources.source import Item
 from tests.images import jpeg, photograph
 
@@ -88,6 +96,46 @@ def test_what_cannot_be_read_is_left_out_and_named_with_its_line(tmp_path: Path)
     assert "cut.jpg: JPEG ends inside" in bad
     assert "folder.jpg: it is not a regular file (list.txt, line 6)" in bad
     assert reading.file_sizes == [(tmp_path / "a.png").stat().st_size, len(whole)]
+
+
+def test_the_next_batch_is_decoded_while_one_is_in_hand(tmp_path: Path) -> None:
+    items = []
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(photograph(number)))
+        items.append(Item(f"{number}.jpg", number, str(tmp_path / f"{number}.jpg")))
+    shown = threading.Semaphore(0)
+
+    def show(pixels: np.ndarray) -> Shown:
+        shown.release()
+        return central_view(pixels, 8, 1.0)
+
+    reading = Reading()
+    batches = read_batches(items, show, reading, batch=2, threads=1, device="cpu")
+    first = next(batches)
+    for number in range(2 + 2 * AHEAD):  # nobody asks for the batches behind the first
+        assert shown.acquire(timeout=30), f"image {number} waits until its batch is asked for"
+    rest = list(batches)
+    assert [batch.index.tolist() for batch in (first, *rest)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [batch.labels.tolist() for batch in (first, *rest)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert reading.decoding > 0
+
+
+def test_a_reading_that_is_left_early_ends_its_threads(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg(photograph(1)))
+    items = [Item("x.jpg", 0, str(tmp_path / "x.jpg"))] * 40
+    before = threading.active_count()
+    batches = read_batches(
+        items,
+        lambda pixels: central_view(pixels, 8, 1.0),
+        Reading(),
+        batch=2,
+        threads=3,
+        device="cpu",
+    )
+    next(batches)
+    assert threading.active_count() == before + 3
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
 
 
 def test_a_truncated_image_of_every_kind_is_refused(tmp_path: Path) -> None:

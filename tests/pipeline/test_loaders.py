@@ -244,6 +244,33 @@ def test_any_place_continues_with_exactly_the_rest(photos, loader):
             ]
 
 
+def test_the_order_of_the_next_epoch_is_computed_beside_this_one(photos, monkeypatch):
+    computed = []
+    real = Plan.sequence
+
+    def sequence(plan, place):
+        computed.append((place.epoch, threading.current_thread() is threading.main_thread()))
+        return real(plan, place)
+
+    monkeypatch.setattr(Plan, "sequence", sequence)
+    with open_loader(photos, options(order="windowed", window=1)) as loader:
+        following = [read(loader, Place(3, epoch)) for epoch in (0, 1, 2, 7, 8)]
+    # Of the seventh nobody knew that it would come, and the last one is asked for in vain.
+    here, beside = True, False
+    assert computed == [
+        *[(0, here), (1, beside), (2, beside), (3, beside)],
+        *[(7, here), (8, beside), (9, beside)],
+    ]
+    for epoch, batches in zip((0, 1, 2, 7, 8), following, strict=True):
+        with open_loader(photos, options(order="windowed", window=1)) as loader:
+            assert_same(batches, read(loader, Place(3, epoch)))
+    with open_loader(photos, options()) as loader:
+        read(loader, Place(3, 0))
+        ahead = read(loader, Place(4, 1))  # another seed: what was computed is of no use
+    with open_loader(photos, options()) as loader:
+        assert_same(ahead, read(loader, Place(4, 1)))
+
+
 def test_a_place_of_other_data_is_refused(photos):
     with open_loader(photos, options()) as loader:
         for place in (Place(0, 0, N + 1), Place(0, 0, -1), Place(0, -1)):

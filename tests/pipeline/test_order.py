@@ -27,6 +27,13 @@ def test_the_order_sorts_the_samples_words():
     assert order(9, 4, 50).tolist() == sorted(range(50), key=lambda k: words[k])
 
 
+def test_equal_words_leave_positions_in_their_order(monkeypatch):
+    tied = np.array([7, 3, 7, 3, 3, 9] * 20, np.uint64)
+    monkeypatch.setattr(draws, "words", lambda seed, epoch, index, stream: tied[index])
+    expected = sorted(range(120), key=lambda k: tied[k])  # Python's sort is stable
+    assert order(0, 0, 120).tolist() == expected
+
+
 def test_epochs_and_seeds_shuffle_differently():
     shuffled = {tuple(order(seed, epoch, 20)) for seed in range(5) for epoch in range(5)}
     assert len(shuffled) == 25

@@ -449,6 +449,44 @@ def test_a_sample_beyond_the_largest_page_is_refused():
         page_size_for((1 << 30) + 1)
 
 
+def test_a_repeated_sample_shows_the_same_bytes_under_a_label_and_name_of_its_own(tmp_path):
+    first, second = jpeg_record(24, 32, 1), raw_record(9, 7)
+    with Writer(tmp_path / "x", samples=9, page_size=PAGE, classes=["a", "b"], options={}) as w:
+        w.append(first)
+        w.repeat(0, 0, "a/again.jpg")
+        w.append(second)
+        w.repeat(2, 1, "b/again.png")
+        w.repeat(1, 1, "b/a copy of a copy.jpg")
+    plain = write(tmp_path / "plain", [first, second])
+    # Three records and checksums more, and not one byte of images.
+    assert (tmp_path / "x").stat().st_size - plain.stat().st_size < 3 * 100 + 300
+    with open_beton(tmp_path / "x") as data, open_beton(plain) as both:
+        assert data.n == 5 and data.labels.tolist() == [1, 0, 0, 1, 1]
+        for k, of in enumerate([0, 0, 1, 1, 0]):
+            assert data.region(k).tobytes() == both.region(of).tobytes()
+            assert data.sizes[k].tolist() == both.sizes[of].tolist()
+            assert data.modes[k] == both.modes[of]
+            assert data.flags is not None and both.flags is not None
+            assert data.flags[k] == both.flags[of]
+        assert [data.name(k) for k in (1, 3, 4)] == [
+            "a/again.jpg", "b/again.png", "b/a copy of a copy.jpg"
+        ]  # fmt: skip
+        assert not list(data.damaged_pages())
+
+
+def test_only_what_is_stored_is_repeated(tmp_path):
+    with Writer(tmp_path / "x", samples=2, page_size=PAGE, classes=["a"], options={}) as writer:
+        writer.append(raw_record(2, 2))
+        for missing in (1, -1):
+            with pytest.raises(ValueError, match=f"no sample {missing} to repeat, 1 were stored"):
+                writer.repeat(missing, 0, "a/y.png")
+        with pytest.raises(ValueError, match="label 1, there are 1 classes"):
+            writer.repeat(0, 1, "a/y.png")
+        writer.repeat(0, 0, "a/y.png")
+        with pytest.raises(ValueError, match="one more than the 2 announced"):
+            writer.repeat(0, 0, "a/z.png")
+
+
 def test_samples_need_no_names(tmp_path):
     with open_beton(write(tmp_path / "x.beton", [raw_record(2, 2, name="")])) as data:
         assert data.name(0) == ""
