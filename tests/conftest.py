@@ -11,8 +11,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-_KEPT: list[object] = []
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set what must stand before torch and Triton are used.
@@ -45,15 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def torchvision():
-    """Import torchvision, also beside a CPU build of torch, where its operators do not load.
+    """Import torchvision, also beside a CPU build of torch, where its operators do not load."""
+    from backmix.train.models.libraries import import_library
 
-    There it fails for want of two schemas that nothing here calls; they are declared first.
-    """
-    import torch
-
-    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)  # the schemas live as long as the library object
-    return pytest.importorskip("torchvision", reason="torchvision is not installed: not run")
+    try:
+        return import_library("torchvision")
+    except ValueError as error:
+        pytest.skip(f"{error}: not run")

@@ -5,11 +5,13 @@ with, logits = head(map.mean((2, 3))), so the class activation map of class k is
 of the head's weight, exactly; methods put other heads in its place (`heads.py`).
 """
 
+from backmix.train.models.any import AnyModel, any_model
 from backmix.train.models.classifier32 import Classifier32
+from backmix.train.models.libraries import is_foreign
 from backmix.train.models.resnet import BasicBlock, Bottleneck, ResNet
 from backmix.train.models.wrn import WideResNet
 
-Model = Classifier32 | ResNet | WideResNet
+Model = Classifier32 | ResNet | WideResNet | AnyModel
 
 NAMES = (
     "classifier32",
@@ -37,6 +39,8 @@ def build(name: str, classes: int, size: int) -> Model:
     """
     if classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, got {classes}")
+    if is_foreign(name):
+        return any_model(name, classes, size)
     model = _model(name, classes)
     if model.grid(size) <= (1, 1):
         raise ValueError(

@@ -108,7 +108,41 @@ class Reconstruction(nn.Module):
         return self.cell_logits(features).softmax(1)
 
 
-Head = nn.Linear | ReciprocalPoints | Reconstruction
+class Pointwise(nn.Linear):
+    """A 1 x 1 convolution that classifies one cell, as the linear layer that it is.
+
+    Its parameters are the convolution's own and are not registered here.
+    """
+
+    def __init__(self, convolution: nn.Conv2d):
+        nn.Module.__init__(self)
+        self.of = (convolution,)  # in a tuple, no child
+        self.in_features = convolution.in_channels
+        self.out_features = convolution.out_channels
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The kernel as [K, C]."""
+        return self.of[0].weight.flatten(1)
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias [K], if there is one."""
+        return self.of[0].bias
+
+
+class CellSums(nn.Module):
+    """The head of a network whose map has a channel per class already: logits are its means.
+
+    Also of one whose logits come from no single linear layer: then they are a map of one cell.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [n, K] of maps [n, K, g, g']."""
+        return features.mean((2, 3))
+
+
+Head = nn.Linear | ReciprocalPoints | Reconstruction | CellSums
 
 
 def linear_head(model: nn.Module) -> nn.Linear:
@@ -120,7 +154,13 @@ def linear_head(model: nn.Module) -> nn.Linear:
 
 
 def put_head(model: nn.Module, head: Head) -> None:
-    """Give a network another class head, under the name that its own linear one has."""
+    """Give a network another class head, under the name that its own linear one has.
+
+    Networks of other people keep it beside (`any.AnyModel.put_head`).
+    """
+    if hasattr(model, "put_head"):
+        model.put_head(head)  # type: ignore[operator]
+        return
     name = "fc" if hasattr(model, "fc") else "head"
     setattr(model, name, head)
 
@@ -137,7 +177,8 @@ def cam_inputs(head: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
     `update_cam_bank` takes. Linear: the features and its weight (Zhou et al., "Learning Deep
     Features for Discriminative Localization", 2016). Reciprocal points: |f|^2 / C is common to all
     classes, so the logits are linear in f with the weight -(1 + 2 / C) p_k. Reconstruction: each
-    cell's class probabilities are a map already; the weights are the identity.
+    cell's class probabilities are a map already; the weights are the identity. Cell sums: the
+    features are the maps.
     """
     match head:
         case ReciprocalPoints():
@@ -148,5 +189,7 @@ def cam_inputs(head: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
             )
         case nn.Linear():
             return features, head.weight.detach()
+        case CellSums():
+            return features, torch.eye(features.shape[1], device=features.device)
         case _:
             raise TypeError(f"no activation maps are known of a head that is {type(head).__name__}")
