@@ -1,12 +1,17 @@
 """Small data sets and runs for the tests of training: a few colours and shapes as classes."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from backmix.pipeline.batch import Batch
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.writer import Record, Writer, page_size_for
+from backmix.train.methods import method as methods
 from backmix.train.options import Augment, BackMix, Method, Optim, Run
 
 SIDE = 32
@@ -63,3 +68,22 @@ def tiny_run(data: Path, out: Path, method: Method | None = None, **changes: obj
         method=method or BackMix(patch=12, fill="keep", rate=0.5),
     )
     return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def views_of(method: methods.Method, batch: Batch) -> methods.Views:
+    """Return what the network is shown of a batch."""
+    return method.prepare(batch, method.draw(batch))
+
+
+def poisoned(
+    prepare: Callable[..., methods.Views], row: int | None = None
+) -> Callable[..., methods.Views]:
+    """Return a method's `prepare` whose views, or one of them, are NaN."""
+
+    def broken(*arguments: Any) -> methods.Views:
+        views = prepare(*arguments)
+        images = views.images.clone()
+        images[slice(None) if row is None else row] = math.nan
+        return replace(views, images=images)
+
+    return broken

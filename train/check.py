@@ -20,6 +20,7 @@ def check(run: Run) -> None:
     _within("log-every", run.log_every, 1)
     _within("save-minutes", run.save_minutes, 1e-3)
     _within("save-steps", run.save_steps, 0)
+    _within("keep", run.keep, 1, 10_000)
     _within("profile", run.profile, 0, 1000)  # more would fill the memory
     _within("val", run.val, 0, 0.99)
     _within("optim.lr", optim.lr, 0, 1e6)
@@ -44,6 +45,14 @@ def check(run: Run) -> None:
     _within("augment.magnitude", augment.magnitude, 0, 30)
     if augment.pool != "none" and isinstance(run.method, BackMix):
         _check_pool(augment.pool, run.method)
+    _check_step(run)
+    if run.pretrained:
+        _check_pretrained(run)
+    host = host_of(run.method)
+    if run.sync_batchnorm and isinstance(host, Arpl) and host.confusing:
+        raise ValueError(
+            "--sync-batchnorm does not go with the pairs of BatchNorms that confusing images need"
+        )
     if run.split.protocol and run.split.known:
         raise ValueError(
             f"--split.known names classes, but --split.protocol {run.split.protocol} does so, too: "
@@ -58,6 +67,101 @@ def check(run: Run) -> None:
         _check_arpl(host, run)
     if isinstance(host, Cssr):
         _check_cssr(host, run)
+
+
+def check_graph(run: Run, loader: str, processes: int) -> None:
+    """Refuse --graph where a step depends on more than what lies on the device before it.
+
+    Args:
+        run: the options.
+        loader: what --loader.loader has become.
+        processes: that train together.
+
+    Raises:
+        ValueError: saying what stands against it.
+    """
+    host = host_of(run.method)
+    against = {
+        f"the {loader} loader, which decodes while it trains": loader != "resident",
+        f"--augment.pool {run.augment.pool}, drawn anew by the host in every step": (
+            run.augment.pool != "none"
+        ),
+        "--method.onto cool, drawn anew by the host in every step": (
+            isinstance(run.method, BackMix) and run.method.onto == "cool"
+        ),
+        "generated images, drawn anew by the host in every step": (
+            isinstance(host, Arpl) and host.confusing
+        ),
+        f"--accumulate {run.accumulate}": run.accumulate > 1,
+        f"--ema-every {run.ema_every}": run.ema_every > 1,
+        "--compile": run.compile,
+        "--profile": run.profile > 0,
+        f"{processes} processes": processes > 1,
+    }
+    for what, there in against.items():
+        if run.graph and there:
+            raise ValueError(f"--graph does not go with {what}: leave one of them out")
+
+
+def check_parts(run: Run, loader: str, processes: int) -> None:
+    """Refuse to cut a step into more parts than can be had.
+
+    Args:
+        run: the options.
+        loader: what --loader.loader has become.
+        processes: that train together; each has its share of a step's images.
+
+    Raises:
+        ValueError: with what would do.
+    """
+    if run.accumulate == 1:
+        return
+    images = run.loader.batch // processes
+    if loader == "resident":
+        if run.accumulate > images:
+            raise ValueError(
+                f"--accumulate {run.accumulate} cuts a step into more parts than a process has "
+                f"images of it ({images}): at most {images}"
+            )
+        return
+    group = run.loader.group or min(64, run.loader.batch)
+    groups = run.loader.batch // group // processes
+    if run.accumulate > groups:
+        raise ValueError(
+            f"--accumulate {run.accumulate}: a step is cut between mix groups, and a process has "
+            f"{groups} of them in one ({run.loader.batch} images, groups of {group}, {processes} "
+            f"process{'es' if processes > 1 else ''}): at most --accumulate {max(groups, 1)}, or "
+            f"smaller groups, such as --loader.group {max(images // run.accumulate, 1)}"
+        )
+
+
+def _check_step(run: Run) -> None:
+    _within("accumulate", run.accumulate, 1, 4096)
+    if not 0 <= run.ema < 1:
+        raise ValueError(f"--ema must be 0 (off) or a decay below 1, such as 0.999, got {run.ema}")
+    _within("ema-every", run.ema_every, 1)
+    if run.ema_every > 1 and run.ema == 0:
+        raise ValueError(f"--ema-every {run.ema_every} does nothing without --ema")
+    host = host_of(run.method)
+    if isinstance(host, Arpl) and host.confusing:
+        name = "method.host" if isinstance(run.method, BackMix) else "method"
+        for option, given in (("accumulate", run.accumulate > 1), ("compile", run.compile)):
+            if given:
+                raise ValueError(
+                    f"--{option} with --{name}.confusing: discriminator and generator take steps "
+                    "of their own amid the forward pass, which can neither be cut into parts nor "
+                    f"compiled as one; leave --{option} out"
+                )
+
+
+def _check_pretrained(run: Run) -> None:
+    if not run.model.startswith(("timm/", "torchvision/")):
+        raise ValueError(
+            f"--pretrained downloads published weights of timm/NAME and torchvision/NAME, and "
+            f"--model is {run.model}: begin with a file, --init FILE"
+        )
+    if run.init is not None:
+        raise ValueError("--pretrained and --init both say what to begin with: leave one out")
 
 
 def _check_restarts(run: Run) -> None:

@@ -21,15 +21,15 @@ from backmix.pipeline.loader import open_loader
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset
 from backmix.train.image_sets import BetonImages
+from backmix.train.known import training_subset
 from backmix.train.methods.backmix import foreground_shares
 from backmix.train.methods.ssod import _extremes, rejection_logits
 from backmix.train.methods.views import unmixed
 from backmix.train.models.build import Model
-from backmix.train.models.heads import ReciprocalPoints, Reconstruction, cam_inputs
+from backmix.train.models.heads import CellSums, ReciprocalPoints, Reconstruction, cam_inputs
 from backmix.train.options import BackMix, PreviewOptions, Ssod, host_of
 from backmix.train.outputs import Outputs
 from backmix.train.preview import first_batch, run_examples
-from backmix.train.run import training_subset
 from backmix.train.trained import Trained, load_model, read_run
 
 COOL_SHARE = 0.25
@@ -177,11 +177,15 @@ def class_evidence(head: nn.Module, maps: Tensor) -> Tensor:
         maps: its last feature maps, float32 [n, C, g, g'].
 
     Raises:
-        ValueError: a head of which no evidence of cells is defined.
+        ValueError: a head of which no evidence of cells is defined, or maps of one cell.
     """
+    if maps.shape[2] * maps.shape[3] == 1:
+        raise ValueError("the network has no map that says which cell speaks for what")
     match head:
         case Reconstruction():
             return head.cell_logits(maps)
+        case CellSums():
+            return maps
         case ReciprocalPoints():
             _, weights = cam_inputs(head, maps)
             constant = head.points.square().mean(1)

@@ -16,7 +16,7 @@ import tyro
 
 from backmix.pipeline.options import ConvertOptions
 from backmix.train.options import EvaluateOptions, PreviewOptions, TableOptions
-from backmix.train.recipes import METHOD_ROWS, RECIPES, first_line, parse_run
+from backmix.train.recipes import METHOD_ROWS, RECIPES, listed, parse_run
 
 Asked = TypeVar("Asked")
 CONFIG = (tyro.conf.FlagCreatePairsOff,)
@@ -50,6 +50,24 @@ class Inspect:
     """A .beton file, shards of one set, or the manifest of either."""
     verify: bool = False
     """Check every sample's checksum and decode it; exit code 1 where one fails."""
+
+
+@dataclass(frozen=True)
+class BenchStep:
+    """Measure what the loader of a training run delivers, what a step consumes, and both together.
+
+    RECIPE and all its options are those of `backmix train`, less --out: nothing is written. The
+    three forms take turns, so that a slow moment of the machine hits all.
+    """
+
+    recipe: tyro.conf.Positional[str]
+    """A recipe of `backmix train`."""
+    rounds: int = 5
+    """Turns of each form, at least 2."""
+    steps: int = 20
+    """Steps of a turn, at most."""
+    seconds: float = 60.0
+    """For all turns together, about; the steps of a turn become fewer for it [s]."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +169,8 @@ def _train(arguments: Sequence[str]) -> int:
     if recipe in ("", "-h", "--help"):
         print(_recipes())
         return DONE if recipe else USAGE
-    if f"{recipe}-softmax" in RECIPES:
-        return _usage(f"{recipe} is no recipe without a method, such as {recipe}-backmix")
-    if recipe not in RECIPES:
-        what = "the recipe comes first" if recipe.startswith("-") else f"no recipe {recipe!r}"
-        return _usage(f"{what}{_near(recipe, RECIPES)} (backmix train --help lists them)")
+    if wrong := _no_recipe(recipe):
+        return _usage(wrong)
     asked = parse_run(recipe, options)
     if not asked.data:
         return _usage("backmix train needs the training set: --data FILE.beton")
@@ -164,15 +179,48 @@ def _train(arguments: Sequence[str]) -> int:
     return train(asked, recipe, ["backmix", "train", *arguments])
 
 
+def _no_recipe(recipe: str) -> str:
+    """Return what is wrong with the name of a recipe, or nothing."""
+    if f"{recipe}-softmax" in RECIPES:
+        return f"{recipe} is no recipe without a method, such as {recipe}-backmix"
+    if recipe not in RECIPES:
+        what = "the recipe comes first" if recipe.startswith("-") else f"no recipe {recipe!r}"
+        return f"{what}{_near(recipe, RECIPES)} (backmix train --help lists them)"
+    return ""
+
+
+def _bench_step(arguments: Sequence[str]) -> int:
+    asked, options = tyro.cli(
+        BenchStep,
+        prog="backmix bench-step",
+        args=arguments,
+        config=CONFIG,
+        return_unknown_args=True,
+    )
+    if wrong := _no_recipe(asked.recipe):
+        return _usage(wrong)
+    if asked.rounds < 2 or asked.steps < 2:
+        return _usage("--rounds and --steps must be at least 2")
+    run = parse_run(asked.recipe, ["--out", "bench-step", *options])
+    if not run.data:
+        return _usage("backmix bench-step needs the training set: --data FILE.beton")
+    from backmix.train.bench_step import bench_step, table
+    from backmix.train.log import Progress
+
+    progress = Progress(run.quiet)
+    laps = bench_step(run, asked.rounds, asked.steps, asked.seconds, _say(progress))
+    print(table(laps))
+    return DONE
+
+
+def _say(progress: Any) -> Callable[[str], None]:
+    return lambda line: progress.show(line, final=True)
+
+
 def _recipes() -> str:
     """Return the list of recipes: data sets by methods, and those that stand alone."""
-    bases = {n.removesuffix("-softmax"): r for n, r in RECIPES.items() if n.endswith("-softmax")}
     methods = {name: what for name, what, _ in METHOD_ROWS}
-    alone = {
-        name: recipe
-        for name, recipe in RECIPES.items()
-        if not any(name == f"{base}-{method}" for base in bases for method in methods)
-    }
+    bases, alone = listed()
     width = max(map(len, [*methods, *alone, *bases])) + 2
 
     def rows(named: dict[str, str]) -> list[str]:
@@ -181,9 +229,9 @@ def _recipes() -> str:
     lines = ["usage: backmix train RECIPE --data FILE.beton --out RUN [options]", ""]
     lines += ["Train a recipe; the same command continues an unfinished run.", ""]
     lines += ["A recipe is DATA-METHOD, such as cifar10-backmix. DATA:"]
-    lines += rows({base: first_line(recipe) for base, recipe in bases.items()})
+    lines += rows(bases)
     lines += ["", "METHOD:", *rows(methods), "", "Others:"]
-    lines += rows({name: first_line(recipe) for name, recipe in alone.items()})
+    lines += rows(alone)
     lines += ["", "backmix train RECIPE --help shows every option with the recipe's value."]
     return "\n".join(lines)
 
@@ -196,13 +244,10 @@ def _near(word: str, words: Iterable[str]) -> str:
 
 def _status(arguments: Sequence[str]) -> int:
     asked = _ask(Status, "status", arguments)
-    from backmix.train.log import read_status
+    from backmix.train.log import read_status, status_line
 
     status = read_status(asked.run)
-    print(
-        f"{status['state']} at step {status['step']:,}"
-        + (f": {status['why']}" if status.get("why") else "")
-    )
+    print(status_line(status))
     return {"finished": 0, "stopped": 75, "failed": 1, "running": 3}[status["state"]]
 
 
@@ -212,7 +257,15 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from backmix.train.judge import table
     from backmix.train.log import Progress
 
-    print(table(evaluate(asked.run, asked.scoring, say=Progress(asked.quiet).show)))
+    progress = Progress(asked.quiet)
+    figures = evaluate(
+        asked.run,
+        asked.scoring,
+        say=progress.show,
+        tell=lambda line: progress.show(line, final=True),
+    )
+    if figures:  # of several processes the first one has them
+        print(table(figures))
     return DONE
 
 
@@ -255,6 +308,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "inspect": (_inspect, "what is in a .beton file; --verify checks every sample"),
     "preview": (_preview, "a picture of targets, donors with masks, and mixes"),
     "train": (_train, "train a recipe, or continue a run"),
+    "bench-step": (_bench_step, "what loader and step of a recipe can do, alone and together"),
     "status": (_status, "how a run stands, as an exit code for schedulers"),
     "evaluate": (_evaluate, "scores and open-set metrics of a run"),
     "table": (_table, "a whole grid of methods, class lists and seeds, as one table"),

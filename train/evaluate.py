@@ -10,14 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from backmix.pipeline.loader import MOST_THREADS
+from backmix.pipeline.loader import LARGEST_VIEW, MOST_THREADS
 from backmix.train import protocols
 from backmix.train.checkpoint import locked, sync_folder, write_atomically
 from backmix.train.image_sets import (
@@ -30,18 +30,26 @@ from backmix.train.image_sets import (
     image_sets,
 )
 from backmix.train.judge import Scored, judge, scored
+from backmix.train.log import GrowingFile
+from backmix.train.models.build import Model
 from backmix.train.models.heads import Reconstruction
 from backmix.train.options import EvaluateOptions, Ssod, host_of
 from backmix.train.outputs import Outputs, store
+from backmix.train.pace import Pace
 from backmix.train.passes import Viewing, learn_cssr, run_pass
 from backmix.train.scores import Fit, fit_scores, linear_head
 from backmix.train.scores.cssr import CssrFit
 from backmix.train.trained import Trained, load_model, read_run
 from backmix.train.training_images import HELD_OUT, TRAIN, training_images
+from backmix.train.world import World, cores, gpu, joined
 
 
 def evaluate(
-    run: Path, options: EvaluateOptions, *, say: Callable[[str], None] = lambda text: None
+    run: Path,
+    options: EvaluateOptions,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate a run and write RUN/scores/ and RUN/metrics.json; return the latter's content.
 
@@ -49,32 +57,61 @@ def evaluate(
     of the one before, sets that are not named again included, and only when all its figures are
     there: whatever fails before leaves the earlier one as it was. Then metrics.json goes first and
     comes last, so that figures never stand beside scores of another evaluation: whatever fails in
-    between leaves a run that is not evaluated.
+    between leaves a run that is not evaluated. How fast each pass was goes to RUN/time.jsonl.
+
+    Several processes that a launcher started share every pass; the first one judges and writes,
+    and the others return nothing.
 
     Args:
         run: run folder with config.json and model.safetensors.
         options: what to judge it on.
         say: called with a line of progress now and then.
+        tell: called with a line on each pass when it has ended: how fast it was.
 
     Raises:
         ValueError: what is wrong with the run, the options or the data, and what to do.
         OSError: what cannot be read or written.
     """
+    with joined("cpu") as world:  # what they tell one another goes through files and hosts
+        return _evaluate(run, options, world, say, tell)
+
+
+def _evaluate(
+    run: Path,
+    options: EvaluateOptions,
+    world: World,
+    say: Callable[[str], None],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Do this process's part; returns nothing but in the first one."""
     trained = read_run(run)
     if options.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {options.batch}")
     if not 0 <= options.threads <= MOST_THREADS:
         raise ValueError(f"--threads must be 0 to {MOST_THREADS}, got {options.threads}")
+    if options.size and not 1 <= options.size <= LARGEST_VIEW:
+        raise ValueError(f"--size must be 1 to {LARGEST_VIEW} pixels, got {options.size}")
     if options.train and not options.fit:
         raise ValueError("--train names the images that scores are fitted to: add --fit")
-    device = _device(options.device)
-    with locked(run):
+    device = _device(options.device, world)
+    if world.size > 1:
+        options = replace(options, threads=options.threads or cores(world))
+    with locked(run) if world.first else nullcontext():
         model = load_model(run).to(device)
+        trained_at, trained = trained.loader.size, _seen_at(trained, options.size)
+        if trained.loader.size != trained_at:
+            _try_size(model, trained.loader.size, device)
         sets = image_sets(trained, options)
         _refuse_names(sets.images)
         own = training_images(trained, options.train) if options.fit else []
-        viewing = Viewing(model, trained, options, device, say)
+        if not world.first:
+            say = tell = lambda text: None
+        viewing = Viewing(model, trained, options, device, say, tell, world)
+        if not world.first:
+            _help(viewing, own, sets.images, run / "scores")
+            return {}
         with _beside(run / "scores") as folder:
+            world.barrier()  # the folder is there
             judged, header = [], {}
             try:
                 learned = _learned(viewing, own, folder)
@@ -85,7 +122,7 @@ def evaluate(
                     outputs = replace(outputs, scores=judged[-1].scores)
                     store(folder / f"{outputs.name}.safetensors", outputs)
                     if images.name == KNOWN:
-                        header = _header(trained, outputs, sets, learned.fit)
+                        header = _header(viewing, trained_at, outputs, sets, learned.fit)
             except ValueError as error:
                 raise ValueError(f"{run}: {error}") from error
             document = {**header, **judge(judged[0], judged[1:], learned.held_out)}
@@ -94,7 +131,32 @@ def evaluate(
             (run / "metrics.json").unlink(missing_ok=True)
             sync_folder(run)
         write_atomically(run / "metrics.json", text.encode())
+        _note_times(run, viewing.paces)
     return document
+
+
+def _help(
+    viewing: Viewing, own: Sequence[BetonImages], sets: Sequence[ImageSet], scores: Path
+) -> None:
+    """Take this process's share of every pass, in the order of the first process's."""
+    viewing.world.barrier()
+    folder = beside(scores)
+    cssr = None
+    if own and isinstance(viewing.model.head, Reconstruction):
+        cssr = learn_cssr(viewing, own[0])  # of all images: the same sums in every process
+    for images in [*own, *sets]:
+        run_pass(viewing, images, folder, cssr)
+
+
+def _note_times(run: Path, paces: Sequence[Pace]) -> None:
+    """Append how fast the passes were to time.jsonl; what fails there costs no evaluation."""
+    path = run / "time.jsonl"
+    with suppress(OSError):
+        times = GrowingFile(path, path.stat().st_size if path.exists() else None)
+        try:
+            times.append("".join(json.dumps(pace.row) + "\n" for pace in paces))
+        finally:
+            times.close()
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +204,18 @@ def _refuse_names(sets: Sequence[ImageSet]) -> None:
             )
 
 
+def beside(folder: Path) -> Path:
+    """Return the folder that an evaluation fills, before it takes the place of `folder`."""
+    return folder.with_name(folder.name + ".new")
+
+
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
     """Give an empty folder to fill; its files take the place of all those in `folder` at the end.
 
     An exception inside leaves `folder` as it was.
     """
-    new = folder.with_name(folder.name + ".new")
+    new = beside(folder)
     shutil.rmtree(new, ignore_errors=True)  # of an evaluation that was killed
     new.mkdir()
     try:
@@ -167,8 +234,30 @@ def _beside(folder: Path) -> Iterator[Path]:
     new.rmdir()
 
 
-def _header(trained: Trained, known: Outputs, sets: Sets, fit: Fit | None) -> dict[str, Any]:
-    split = trained.split
+def _seen_at(trained: Trained, size: int) -> Trained:
+    """Return a run that is shown views of another side [pixels]; 0 = its own."""
+    options = trained.options
+    if not size:
+        return trained
+    return replace(trained, options=replace(options, loader=replace(options.loader, size=size)))
+
+
+def _try_size(model: Model, size: int, device: torch.device) -> None:
+    """Refuse views that the network cannot be shown."""
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"--size {size}: the network takes no such views ({first})") from error
+
+
+def _header(
+    viewing: Viewing, trained_at: int, known: Outputs, sets: Sets, fit: Fit | None
+) -> dict[str, Any]:
+    """Return what metrics.json says before its figures; `trained_at` is the run's own view."""
+    trained, flip = viewing.trained, viewing.options.flip
+    split, size = trained.split, trained.loader.size
     notes = list(fit.notes) if fit is not None else []
     absent = sorted(set(range(len(trained.classes))) - set(known.labels.tolist()))
     if absent:
@@ -195,6 +284,13 @@ def _header(trained: Trained, known: Outputs, sets: Sets, fit: Fit | None) -> di
             "there is no unknown set: the test file has no other classes; name one with "
             "--unknown NAME=PATH"
         )
+    if size != trained_at:
+        notes.append(f"views of {size} pixels; the run was trained on views of {trained_at}")
+    if flip:
+        notes.append(
+            "what the network says is averaged over each view and its mirror image, which "
+            "published open-set figures are not"
+        )
     notes += closed_gate(trained)
     notes += sets.notes
     notes += [f"the set {name} is missing: {why}" for name, why in sets.missing.items()]
@@ -202,6 +298,7 @@ def _header(trained: Trained, known: Outputs, sets: Sets, fit: Fit | None) -> di
         "split": split
         and {"protocol": split.protocol, "family": split.family, "list": split.number},
         "classes": list(trained.classes),
+        "views": {"size": size, "flip": flip},
         "notes": notes,
         "missing": dict(sets.missing),
         "fit": fit
@@ -231,9 +328,12 @@ def closed_gate(trained: Trained) -> list[str]:
     ]
 
 
-def _device(asked: str) -> torch.device:
+def _device(asked: str, world: World) -> torch.device:
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     elif asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device, or torch cannot use it")
+    if asked == "cuda" and world.size > 1:
+        torch.cuda.set_device(gpu(world.local_rank))
+        return torch.device("cuda", gpu(world.local_rank))
     return torch.device(asked)

@@ -10,19 +10,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Schedule = Literal["milestones", "linear", "cosine", "restarts", "cyclic"]
+Schedule = Literal["milestones", "linear", "cosine", "restarts", "cyclic", "onecycle"]
 
 
 def make_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
-    kind: Literal["sgd", "adam"] = "sgd",
+    kind: Literal["sgd", "adam", "adamw"] = "sgd",
     lr: float,
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
-    decay: Literal["matrices", "all"] = "matrices",
-) -> torch.optim.SGD | torch.optim.Adam:
+    decay: Literal["matrices", "all", "ffcv"] = "matrices",
+) -> torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW:
     """Return a fused optimizer whose learning rate is one tensor, changed by `set_learning_rate`.
 
     Fused because a step with non-finite gradients is masked on the device (`found_inf`), which the
@@ -30,18 +30,23 @@ def make_optimizer(
 
     Args:
         named_parameters: such as `model.named_parameters()`; frozen ones are left out.
-        kind: sgd, or adam with betas 0.9 and 0.999.
+        kind: sgd, or adam with betas 0.9 and 0.999; adamw decays apart from the gradient.
         lr: learning rate of the first step.
         momentum: sgd only, without dampening.
         nesterov: sgd only.
-        weight_decay: added to the gradient as weight_decay * parameter.
+        weight_decay: added to the gradient as weight_decay * parameter; adamw takes
+            lr * weight_decay * parameter off the parameter instead.
         decay: matrices = parameters of two and more dimensions only, that is neither biases nor
-            normalisation; all = every parameter, as the older open-set papers do.
+            normalisation; all = every parameter, as the older open-set papers do; ffcv = every
+            parameter without "bn" in its name, as ffcv's ImageNet recipes do. There that spares
+            most of the normalisation, but not the one beside a shortcut ("downsample.1"), and no
+            bias of the class head.
 
     Raises:
         ValueError: no parameters, or a setting out of its range.
     """
-    parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    parameters = [parameter for _, parameter in named]
     if not parameters:
         raise ValueError("there are no parameters to train")
     if kind == "sgd" and nesterov and momentum <= 0:
@@ -49,11 +54,13 @@ def make_optimizer(
     groups = [
         {"params": decayed, "weight_decay": weight_decay if decays else 0.0}
         for decays in (True, False)
-        if (decayed := [p for p in parameters if (decay == "all" or p.ndim > 1) == decays])
+        if (decayed := [p for name, p in named if _is_decayed(decay, name, p) == decays])
     ]
     rate = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device)
     if kind == "adam":
         return torch.optim.Adam(groups, lr=rate, fused=True)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum > 0:
         # Without these, a masked first step leaves buffers that were allocated and never written.
@@ -61,6 +68,18 @@ def make_optimizer(
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _is_decayed(
+    decay: Literal["matrices", "all", "ffcv"], name: str, parameter: nn.Parameter
+) -> bool:
+    match decay:
+        case "matrices":
+            return parameter.ndim > 1
+        case "all":
+            return True
+        case "ffcv":
+            return "bn" not in name
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
@@ -84,7 +103,7 @@ def learning_rate(
     """Return the learning rate of a step by the schedule's name.
 
     Args:
-        schedule: milestones, linear, cosine, restarts or cyclic: the functions below.
+        schedule: milestones, linear, cosine, restarts, cyclic or onecycle: the functions below.
         step: number of the step, 0 <= step < steps.
         peak: the highest learning rate.
         steps: optimizer steps of the whole run.
@@ -110,6 +129,8 @@ def learning_rate(
             return restarts(step // steps_per_epoch, peak, epochs // cycles, rise)
         case "cyclic":
             return cyclic(step, steps, steps_per_epoch, peak)
+        case "onecycle":
+            return onecycle(step, steps, peak, warmup)
 
 
 def stepped(
@@ -179,6 +200,24 @@ def cyclic(step: int, steps: int, steps_per_epoch: int, peak: float) -> float:
     if epoch < 2:
         return peak * (1e-4 + (1 - 1e-4) * epoch / 2)
     return peak * (epochs - epoch) / (epochs - 2)
+
+
+def onecycle(step: int, steps: int, peak: float, warmup: float = 0.3) -> float:
+    """Rise like a cosine from peak / 25 to the peak, then fall like one to peak / 250,000.
+
+    Smith and Topin, "Super-Convergence" (2018), in the form of torch's OneCycleLR with its own
+    values and cosine annealing; the momentum stays as it is. The peak lies at step
+    warmup * steps - 1, between two steps where that is no whole number.
+
+    >>> [round(onecycle(step, 10, 1.0, 0.3), 4) for step in (0, 1, 2, 3, 9)]
+    [0.04, 0.52, 1.0, 0.9505, 0.0]
+    """
+    top = warmup * steps - 1
+    if step < top:
+        low, progress = peak / 25, 1 - step / top
+    else:
+        low, progress = peak / 250_000, (step - top) / max(steps - 1 - top, 1e-9)
+    return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def _phase(step: int, steps: int, warmup: float) -> tuple[bool, float]:

@@ -54,8 +54,8 @@ class Augment:
 class Optim:
     """Optimizer, learning rate and its schedule."""
 
-    kind: Literal["sgd", "adam"] = "sgd"
-    """sgd with momentum, or adam."""
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    """sgd with momentum, adam, or adamw, whose weight decay is no part of the gradient."""
     lr: float = 0.1
     """Peak learning rate for the global batch."""
     momentum: float = 0.9
@@ -64,11 +64,16 @@ class Optim:
     """Whether the momentum is Nesterov's (sgd)."""
     weight_decay: float = 1e-4
     """Weight decay."""
-    decay: Literal["matrices", "all"] = "matrices"
-    """matrices: no decay of biases and normalisation. all: decay everything, as ARPL does."""
-    schedule: Literal["milestones", "linear", "cosine", "restarts", "cyclic"] = "milestones"
+    decay: Literal["matrices", "all", "ffcv"] = "matrices"
+    """matrices: no decay of biases and normalisation. all: decay everything, as ARPL does. ffcv:
+    everything but parameters with "bn" in their name, as ffcv's ImageNet recipes do."""
+    schedule: Literal["milestones", "linear", "cosine", "restarts", "cyclic", "onecycle"] = (
+        "milestones"
+    )
     """milestones: falls by --optim.factor at each. linear, cosine: down to 0. restarts: cosine
-    cycles down to a thousandth. cyclic: as ffcv's ImageNet recipes, with the peak at epoch 2."""
+    cycles down to a thousandth. cyclic: as ffcv's ImageNet recipes, with the peak at epoch 2.
+    onecycle: up like a cosine from a 25th of the peak over the warm-up (0.3 is usual), then down
+    to next to nothing."""
     milestones: tuple[float, ...] = ()
     """milestones: epochs after which the rate falls."""
     factor: float = 0.1
@@ -203,16 +208,18 @@ class Run:
     """Seed of everything random: weights, order, augmentation, mixing."""
     epochs: int = 100
     """Passes over the known training images."""
-    model: Literal[
-        "classifier32",
-        "classifier32-half",
-        "classifier32-quarter",
-        "resnet18-cifar",
-        "wrn40-4",
-        "resnet18",
-        "resnet50",
-    ] = "classifier32"
-    """Network."""
+    model: str = "classifier32"
+    """Network: classifier32 (-half, -quarter), resnet18-cifar, wrn40-4, resnet18 or resnet50;
+    timm/NAME or torchvision/NAME; MODULE:CALLABLE, which is called with the number of classes."""
+    pretrained: bool = False
+    """timm and torchvision models: begin with their published weights, which are downloaded; from
+    a file --init does. A class head of another width stays fresh."""
+    blurpool: bool = False
+    """Blur before every convolution that has a stride and at least 16 channels, as ffcv's ImageNet
+    recipes do; the weights keep their names."""
+    approximate_cam: bool = False
+    """Let BackMix, SSOD and CSSR work with a timm, torchvision or own network whose maps are not
+    exact and have a fidelity below 0.95 (docs/models.md)."""
     val: float = 0.0
     """Share of the known training images held out of training, stratified by class."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -221,12 +228,35 @@ class Run:
     """auto: the GPU where there is one."""
     threads: int = 0
     """Threads of CPU arithmetic; 0 = one per core. Part of the run: other bits with another."""
+    accumulate: int = 1
+    """Forward and backward passes that the images of a step are cut into, for memory; BatchNorm
+    sees the parts."""
+    ema: float = 0.0
+    """Above 0: keep a running mean of the weights with this decay a step, and evaluate that one."""
+    ema_every: int = 1
+    """Steps between two updates of the running mean, which then counts them all at once."""
+    compile: bool = False
+    """Compile network and loss (torch.compile): a minute or more at the start, then fewer passes
+    over memory on a GPU."""
+    graph: bool = False
+    """Resident pool: draw for an epoch at once and, on a GPU, replay each step as one CUDA graph,
+    which small networks need to be fast."""
+    sync_batchnorm: bool = False
+    """Several GPUs: BatchNorm over the images of all of them."""
+    deterministic: bool = False
+    """On a GPU: only algorithms that give the same bits again, which are slower."""
     log_every: int = 50
     """Steps between two rows of log.jsonl."""
     save_minutes: float = 10.0
     """Minutes between checkpoints; one is also written at the end and on SIGTERM or Ctrl-C."""
     save_steps: int = 0
     """Steps between checkpoints, in addition; 0 = by time alone."""
+    keep: int = 2
+    """Checkpoints kept; a damaged one must not be the only one."""
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Further places for the log's rows; the run goes on whatever happens to them."""
+    dry_run: bool = False
+    """Only say what would be done: the resolved options, the network, memory and data needed."""
     quiet: bool = False
     """No progress."""
     profile: int = 0
@@ -244,7 +274,8 @@ class Run:
     """Training method."""
     init: Path | None = None
     """Begin with these weights: a finished run folder, which must not know what is unknown here, or
-    a .safetensors file with the names of --model."""
+    a file with the names of --model: .safetensors, or of torch.save (.pt, .pth), of which nothing
+    but tensors is read. A class head of another width stays fresh."""
 
 
 Host = Softmax | Ssod | Arpl | Cssr
@@ -270,6 +301,9 @@ MAY_CHANGE = frozenset(
         "save_steps",
         "quiet",
         "profile",
+        "keep",
+        "log_to",
+        "dry_run",
         "loader.decoder",
         "loader.threads",
         "loader.prefetch",
@@ -319,6 +353,12 @@ class EvaluateOptions:
     """Compute ODIN, too, which takes a backward pass and a second forward pass of every image."""
     batch: int = 256
     """Images per forward pass."""
+    size: int = 0
+    """Side of the views, where another than the run's is wanted, often a larger one; 0 = the run's
+    [pixels]."""
+    flip: bool = False
+    """Average what the network says of each image with what it says of its mirror image: logits,
+    features, figures of the methods. Published open-set figures are without."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; scores and metrics are always float64."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -362,6 +402,10 @@ class TableOptions:
     --options="--loader.batch 256"."""
     fit: bool = False
     """Judge by the scores that are fitted on training images, too."""
+    size: int = 0
+    """Side of the views that are judged; 0 = that of training [pixels]."""
+    flip: bool = False
+    """Judge by the mean over each image and its mirror image."""
     workers: int = 0
     """Cells trained side by side; 0 = one per core with the small budget, else one."""
     quiet: bool = False

@@ -1,7 +1,7 @@
 """One pass of a network over one set of images: what it says of each, and what the image shows."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +14,34 @@ from backmix.pipeline.folder_images import (
     Shown,
     box_view,
     central_view,
+    digest_of,
     read_batches,
 )
 from backmix.pipeline.loader import open_loader
-from backmix.pipeline.options import LoaderOptions
+from backmix.pipeline.options import LoaderOptions, usable_cores
+from backmix.pipeline.subset import Subset
+from backmix.pipeline.turbo import Turbo
 from backmix.train.image_sets import BetonImages, FolderImages, ImageSet
 from backmix.train.methods.views import unmixed
 from backmix.train.models.build import Model
 from backmix.train.models.heads import Reconstruction
 from backmix.train.options import EvaluateOptions
-from backmix.train.outputs import EXTRA, Outputs, Spool, outputs_of
+from backmix.train.outputs import EXTRA, Outputs, Spool, load_outputs, outputs_of, store
+from backmix.train.pace import Moment, OnTheirWay, Pace, moment
 from backmix.train.scores import image_cues, odin
 from backmix.train.scores.cssr import CssrFit, cell_figures
 from backmix.train.trained import Trained
+from backmix.train.world import World
+
+AT_ONCE = 4096
+"""Rows that are taken at a time from what another process found."""
+NOTHING = {
+    "logits": np.empty((0, 0), np.float32),
+    "features": np.empty((0, 0), np.float32),
+    "labels": np.empty(0, np.int64),
+    "index": np.empty(0, np.int64),
+}
+"""What a process has found whose share holds no image that can be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +54,18 @@ class Viewing:
     options: EvaluateOptions
     device: torch.device
     say: Callable[[str], None]
+    tell: Callable[[str], None]
+    """Called with a line on each pass when it has ended."""
+    world: World = field(default_factory=World)
+    """The processes that share each pass."""
+    paces: list[Pace] = field(default_factory=list)
+    """How fast each pass was, in their order; `run_pass` adds to it."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """One batch, and what the network says of it."""
+class _Side:
+    """Views of one batch, and what the network says of them."""
 
-    batch: Batch
     views: torch.Tensor
     """float32 [n, 3, H, W], normalised."""
     logits: torch.Tensor
@@ -54,10 +74,25 @@ class _Seen:
     """[n, C, g, g']"""
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """One batch as the network sees it."""
+
+    batch: Batch
+    sides: tuple[_Side, ...]
+    """The views and, with --flip, their mirror images."""
+    began: Moment
+    """Where the device's work on them begins."""
+
+
 def run_pass(
     viewing: Viewing, images: ImageSet, folder: Path, cssr: CssrFit | None = None
 ) -> Outputs:
     """Run the network over one set, in stored order.
+
+    Several processes take a contiguous share each, of whole batches, so that every batch is the
+    one that a single process would see; the first one gathers what they found. The others return
+    their own share.
 
     Args:
         viewing: the network.
@@ -69,23 +104,44 @@ def run_pass(
     Raises:
         ValueError: no image of the set can be read.
     """
-    reading = Reading()
+    reading, pace = Reading(), Pace(images.name)
+    world = viewing.world
+    mine, before_mine = share(images, viewing.options.batch, world.rank, world.size)
     with Spool(folder) as spool:
-        for seen in _walk(viewing, images, reading):
+
+        def keep(done: OnTheirWay) -> None:
+            arrays, seconds = done.arrays()
+            pace.computing += seconds
+            spool.add(arrays)
+
+        before: OnTheirWay | None = None
+        for seen in _walk(viewing, mine, reading, pace) if len(mine) else ():
+            cues = image_cues(seen.batch.pool[seen.batch.rows])
             arrays = {
-                "logits": seen.logits.float(),
-                "features": seen.maps.float().mean((2, 3)),
+                **_mean([_said(viewing, side, cssr) for side in seen.sides]),
                 "labels": seen.batch.labels,
-                "index": seen.batch.index,
-                **{EXTRA + name: extra for name, extra in _extras(viewing, seen, cssr).items()},
+                "index": seen.batch.index + before_mine,
+                **{EXTRA + name: cue for name, cue in cues.items()},
             }
-            spool.add({name: array.cpu().numpy() for name, array in arrays.items()})
-        if not spool.rows:
+            # A batch is taken off the device when it has the next one to work on.
+            now = OnTheirWay(arrays, seen.began, viewing.device)
+            if before is not None:
+                keep(before)
+            before = now
+        if before is not None:
+            keep(before)
+        pace.decoding, pace.threads = reading.decoding, viewing.options.threads or usable_cores()
+        if world.size > 1:
+            _gather(world, images, folder, spool, reading, pace)
+        if not spool.rows and world.first:
             raise ValueError(
                 f"the set {images.name} has no image that can be read; the first is "
                 f"{reading.bad[0]}"
             )
-        stored = spool.arrays()
+        stored = spool.arrays() if spool.rows else NOTHING
+    pace.end()
+    viewing.paces.append(pace)
+    viewing.tell(str(pace))
     files = images.files if isinstance(images, BetonImages) else (images.folder,)
     return outputs_of(
         stored | {EXTRA + "file_size": np.array(reading.file_sizes, np.float64)},
@@ -97,6 +153,67 @@ def run_pass(
     )
 
 
+def share(images: ImageSet, batch: int, rank: int, size: int) -> tuple[ImageSet, int]:
+    """Return one process's share of a set, and what is to be added to the numbers of its images.
+
+    The shares are contiguous, in stored order, of whole batches but for the last one.
+    """
+    batches = -(-len(images) // batch)
+    first, last = (min(batches * r // size * batch, len(images)) for r in (rank, rank + 1))
+    match images:
+        case BetonImages():
+            subset = Subset(images.subset.index[first:last], images.subset.labels[first:last])
+            return replace(images, subset=subset), 0
+        case FolderImages():
+            return replace(images, items=images.items[first:last]), first
+
+
+def _gather(
+    world: World, images: ImageSet, folder: Path, spool: Spool, reading: Reading, pace: Pace
+) -> None:
+    """Let the first process have what all have found, in stored order, through files.
+
+    Args:
+        world: the processes.
+        images: the set.
+        folder: of a disk that all of them see; the files in it are removed again.
+        spool: this process's rows; those of the others are added to the first one's.
+        reading: what it read, likewise.
+        pace: how fast, likewise.
+    """
+    paths = [folder / f"{images.name}.part{rank}" for rank in range(world.size)]
+    if not world.first:
+        arrays = spool.arrays() if spool.rows else NOTHING
+        part = outputs_of(
+            arrays | {EXTRA + "file_size": np.array(reading.file_sizes, np.float64)},
+            name=images.name,
+            kind=images.kind,
+            files=(),
+            digest=bytes(reading.marks).hex(),
+            bad=tuple(reading.bad),
+        )
+        store(paths[world.rank], part)
+    figures = world.gathered([pace.images, pace.decoding, pace.threads, pace.computing])
+    if not world.first:
+        return
+    for path in paths[1:]:
+        part = load_outputs(path)
+        reading.marks += bytes.fromhex(part.digest)
+        reading.bad += part.bad
+        reading.file_sizes += part.extras["file_size"].astype(np.int64).tolist()
+        arrays = {n: a for n, a in part.arrays().items() if n != EXTRA + "file_size"}
+        for start in range(0, len(part), AT_ONCE):
+            spool.add({name: array[start : start + AT_ONCE] for name, array in arrays.items()})
+        path.unlink()
+    if isinstance(images, FolderImages):
+        reading.digest = digest_of(bytes(reading.marks))
+    else:
+        reading.digest = images.digest
+    sums = [sum(values) for values in zip(*figures, strict=True)]
+    pace.images, pace.decoding, pace.threads = int(sums[0]), sums[1], int(sums[2])
+    pace.computing = sums[3] / world.size  # they compute beside one another
+
+
 def learn_cssr(viewing: Viewing, images: ImageSet) -> CssrFit:
     """Return what CSSR's scores learn from training images, in a pass that stores nothing.
 
@@ -104,13 +221,14 @@ def learn_cssr(viewing: Viewing, images: ImageSet) -> CssrFit:
         ValueError: no image can be read, or the network's outputs are not finite.
     """
     fit = CssrFit(viewing.model)
-    for seen in _walk(viewing, images, Reading()):
-        fit.learn(seen.logits, seen.maps)
+    for seen in _walk(viewing, images, Reading(), Pace(images.name)):
+        for side in seen.sides:
+            fit.learn(side.logits, side.maps)
     fit.finish_learning()
     return fit
 
 
-def _walk(viewing: Viewing, images: ImageSet, reading: Reading) -> Iterator[_Seen]:
+def _walk(viewing: Viewing, images: ImageSet, reading: Reading, pace: Pace) -> Iterator[_Seen]:
     """Show the network one set, batch by batch."""
     view, options, device = viewing.trained.loader, viewing.options, viewing.device
     match images:
@@ -119,38 +237,57 @@ def _walk(viewing: Viewing, images: ImageSet, reading: Reading) -> Iterator[_See
         case FolderImages():
             batches = _folder_batches(images, view, options, device, reading)
     done = 0
-    for batch in batches:
+    for batch in pace.arriving(batches):
         if not len(batch):  # every image of it was bad
             continue
+        began = moment(device)
         with torch.inference_mode():
             views = unmixed(batch, viewing.trained.augment, None)
-            with _autocast(viewing):
-                logits, maps = viewing.model(views)
-        yield _Seen(batch, views, logits, maps)
+            shown = (views, views.flip(3)) if options.flip else (views,)
+            sides = tuple(_see(viewing, side) for side in shown)
+        yield _Seen(batch, sides, began)
         done += len(batch)
         viewing.say(f"{images.name}: {done:,} of {len(images):,} images")
 
 
-def _extras(viewing: Viewing, seen: _Seen, cssr: CssrFit | None) -> dict[str, torch.Tensor]:
-    """Return what scores need beyond logits and features, [n] each."""
+def _see(viewing: Viewing, views: torch.Tensor) -> _Side:
+    with _autocast(viewing):
+        logits, maps = viewing.model(views)
+    return _Side(views, logits, maps)
+
+
+def _said(viewing: Viewing, side: _Side, cssr: CssrFit | None) -> dict[str, torch.Tensor]:
+    """Return what is stored of views, by its name in the file: [n, K], [n, C], or [n] each."""
     model = viewing.model
+    extras: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
-        extras = image_cues(seen.batch.pool[seen.batch.rows])
+        features = side.maps.float().mean((2, 3))
         if model.rejection is not None:
-            extras["rejection"] = model.rejection(seen.maps.float().mean((2, 3))).squeeze(1)
+            extras["rejection"] = model.rejection(features).squeeze(1)
         if isinstance(model.head, Reconstruction):
             if cssr is None:
-                extras |= cell_figures(model, seen.logits, seen.maps)
+                extras |= cell_figures(model, side.logits, side.maps)
             else:
-                extras |= cssr.figures(seen.logits, seen.maps)
+                extras |= cssr.figures(side.logits, side.maps)
     if viewing.options.odin:
 
         def logits(views: torch.Tensor) -> torch.Tensor:
             with _autocast(viewing):
                 return model(views)[0]
 
-        extras["odin"] = odin(logits, seen.views, viewing.trained.augment.std)
-    return extras
+        extras["odin"] = odin(logits, side.views, viewing.trained.augment.std)
+    return {
+        "logits": side.logits.float(),
+        "features": features,
+        **{EXTRA + name: extra for name, extra in extras.items()},
+    }
+
+
+def _mean(sides: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the mean of what was said of each side, name by name."""
+    if len(sides) == 1:
+        return dict(sides[0])
+    return {name: torch.stack([side[name] for side in sides]).mean(0) for name in sides[0]}
 
 
 def _autocast(viewing: Viewing) -> torch.autocast:
@@ -180,6 +317,8 @@ def _beton_batches(
             reading.file_sizes.extend(loader.plan.data.byte_sizes[batch.host.index].tolist())
             yield batch
         reading.bad.extend(loader.bad)
+        assert isinstance(loader.engine, Turbo)
+        reading.decoding = loader.engine.decoding
 
 
 def _folder_batches(

@@ -21,12 +21,12 @@ from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.subset import Subset
 from backmix.train.check import check
 from backmix.train.checkpoint import load_tensors, write_atomically
+from backmix.train.known import training_subset
 from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.build import build as build_method
 from backmix.train.methods.build import build_network
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.options import Augment, BackMix, PreviewOptions
-from backmix.train.run import training_subset
 from backmix.train.run_folder import read_config, run_of
 
 Data = Path | Sequence[Path]
@@ -407,11 +407,10 @@ def _examples(
     method: BackMixMethod, batch: Batch, classes: Sequence[str], caption: str
 ) -> Examples:
     """Mix a batch by a method that neither flips nor shifts, and keep what it was made of."""
-    views = method.prepare(batch)
-    augment, drawn = method.augment, method.drawn
-    assert drawn is not None
+    views = method.prepare(batch, method.draw(batch))
+    augment, drawn = method.augment, views.drawn
     mean, std = (torch.tensor(values)[:, None, None] for values in (augment.mean, augment.std))
-    mixes = (views * std + mean).round().clamp(0, 255).to(torch.uint8)
+    mixes = (views.images * std + mean).round().clamp(0, 255).to(torch.uint8)
     masked = mask_views(
         method.masking_bank(),
         method.row_of[batch.pool_index[drawn.donor]],

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import tyro
 
@@ -14,6 +15,7 @@ from backmix.train.options import (
     Augment,
     BackMix,
     Cssr,
+    Host,
     Method,
     Optim,
     Run,
@@ -185,37 +187,83 @@ def tiny_imagenet_cssr_softmax() -> Run:
     )
 
 
-def imagenet_rn18() -> Run:
-    """Return ResNet-18 for 16 epochs with random-resized-crops, SGD 0.5 at batch 1024.
+RAMPS = {16: (11, 13), 24: (17, 20), 32: (23, 27), 40: (29, 34), 56: (41, 48), 88: (65, 76)}
+"""Lengths of the ImageNet recipes [epochs], and when their views grow, as `LoaderOptions.grow`."""
 
-    Rate, decay, smoothing and schedule of ffcv-imagenet's 16-epoch configuration, at one
-    resolution and without BlurPool.
+
+def imagenet_rn18(epochs: int) -> Run:
+    """Return ResNet-18 as ffcv-imagenet trains it for N = 16, 24, 32, 40, 56 or 88 epochs.
+
+    The configurations of github.com/libffcv/ffcv-imagenet: SGD 0.5 at batch 1024, views of 160 px
+    that grow to 192, BlurPool, label smoothing 0.1, its schedule and its choice of what decays.
+    There the last, incomplete batch of an epoch is left out; here it is a step.
+
+    Args:
+        epochs: one of `RAMPS`.
     """
     return Run(
         data=tyro.MISSING,
         out=tyro.MISSING,
-        epochs=16,
+        epochs=epochs,
         model="resnet18",
-        loader=LoaderOptions(loader="turbo", batch=1024, size=160, crop="random"),
+        blurpool=True,
+        loader=LoaderOptions(
+            loader="turbo",
+            batch=1024,
+            size=192,
+            grow_from=160,
+            grow=RAMPS[epochs],
+            crop="random",
+        ),
         augment=Augment(flip=True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        optim=Optim(lr=0.5, weight_decay=5e-5, schedule="cyclic", label_smoothing=0.1),
+        optim=Optim(
+            lr=0.5, weight_decay=5e-5, decay="ffcv", schedule="cyclic", label_smoothing=0.1
+        ),
     )
 
 
-def imagenet_rn18_backmix() -> Run:
-    """Return BackMix on ResNet-18; patches of half the side, as in the paper's pictures."""
-    return replace(imagenet_rn18(), method=BackMix(patch=80))
+def imagenet_rn50(epochs: int) -> Run:
+    """Return ResNet-50 as ffcv-imagenet trains it for N epochs: SGD 1.7, batch 8 x 512."""
+    base = imagenet_rn18(epochs)
+    return replace(
+        base,
+        model="resnet50",
+        loader=replace(base.loader, batch=4096),
+        optim=replace(base.optim, lr=1.7, weight_decay=1e-4),
+    )
 
 
-def imagenet_rn50() -> Run:
-    """Return ResNet-50 for 16 epochs, otherwise as `imagenet_rn18`."""
-    base = imagenet_rn18()
-    return replace(base, model="resnet50", optim=replace(base.optim, weight_decay=1e-4))
+def imagenet_finetune_softmax() -> Run:
+    """Return 30 epochs from weights that are there: --init FILE, or --pretrained.
+
+    As OpenOOD v1.5 (Zhang et al., 2023; github.com/Jingkang50/OpenOOD) trains its methods on
+    torchvision's ResNet-50: SGD 0.001 with Nesterov's momentum, batch 2 x 128, weight decay on
+    everything, one cosine. The random-resized-crops are ours.
+    """
+    return Run(
+        data=tyro.MISSING,
+        out=tyro.MISSING,
+        epochs=30,
+        model="resnet50",
+        loader=LoaderOptions(loader="turbo", batch=256, size=224, crop="random"),
+        augment=Augment(flip=True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        optim=Optim(lr=1e-3, nesterov=True, weight_decay=5e-4, decay="all", schedule="cosine"),
+    )
 
 
-def imagenet_rn50_backmix() -> Run:
-    """Return BackMix on ResNet-50."""
-    return replace(imagenet_rn50(), method=BackMix(patch=80))
+def imagenet_ssod_head() -> Run:
+    """Return SSOD's rejection head alone on a network that stays as it is: --init; 5 epochs.
+
+    The values are ours: a logistic regression on fixed features, whose samples are the tenths of
+    the locations with most and with least probability, however the network was trained.
+    """
+    base = imagenet_finetune_softmax()
+    return replace(
+        base,
+        epochs=5,
+        optim=replace(base.optim, lr=0.01, weight_decay=0.0),
+        method=Ssod(train="head", share=0.1),
+    )
 
 
 DEMO_MIX = BackMix(
@@ -255,7 +303,7 @@ METHOD_ROWS: tuple[tuple[str, str, Method], ...] = (
     ("backmix", "BackMix, with the values of the released mixing code", BackMix()),
     ("ssod", "a rejection head that learns from locations (SSOD)", Ssod()),
     ("arpl", "reciprocal points (ARPL)", Arpl()),
-    ("arpl-cs", "ARPL with generated confusing samples; two passes an epoch", Arpl(confusing=True)),
+    ("arpl-cs", "ARPL with generated samples of 32 or 64 px; two passes", Arpl(confusing=True)),
     ("pcssr", "auto-encoders, the least error wins (PCSSR)", Cssr()),
     ("rcssr", "auto-encoders, the greatest error wins (RCSSR)", Cssr(kind="reciprocal")),
     ("backmix-ssod", "SSOD on mixes, pasted background as unknown", BackMix(host=Ssod())),
@@ -273,8 +321,9 @@ def with_method(base: Run, method: Method, mix: BackMix | None = None) -> Run:
     Where BackMix is asked for, `mix` says how it mixes; without one as released, with a patch of a
     quarter of the side of views of 32 px, and of half of it in larger ones, as in the paper's
     pictures. ARPL+CS makes two passes an epoch: twice the epochs, and the rate falls after twice as
-    many. CSSR's loss knows no label smoothing; where smoothing keeps SSOD's gamma out of reach, its
-    samples are the tenths of the locations with most and with least probability.
+    many. CSSR's loss knows no label smoothing; on ResNet-50, with four times the channels of
+    ResNet-18, its gamma is a quarter. Where smoothing keeps SSOD's gamma out of reach, its samples
+    are the tenths of the locations with most and with least probability.
     """
     side = base.loader.size
     if isinstance(method, BackMix):
@@ -284,19 +333,33 @@ def with_method(base: Run, method: Method, mix: BackMix | None = None) -> Run:
             # A pool moves pixels after the mix, which then knows no longer where background lies.
             method = replace(method, host=replace(method.host, pasted=False))
     host, optim, epochs = host_of(method), base.optim, base.epochs
-    if isinstance(host, Arpl) and host.confusing:
+    if _is_confusing(method):
         optim = replace(optim, milestones=tuple(2 * m for m in optim.milestones))
         epochs *= 2
     if isinstance(host, Cssr):
         optim = replace(optim, label_smoothing=0.0)
+        if base.model == "resnet50":
+            host = replace(host, gamma=host.gamma / 4)
     if isinstance(host, Ssod) and optim.label_smoothing >= 1 - host.gamma:
         host = replace(host, share=0.1)
-        method = replace(method, host=host) if isinstance(method, BackMix) else host
-    return replace(base, method=method, optim=optim, epochs=epochs)
+    return replace(base, method=_with_host(method, host), optim=optim, epochs=epochs)
+
+
+def _with_host(method: Method, host: Host) -> Method:
+    """Return a method that does something else to the network."""
+    return replace(method, host=host) if isinstance(method, BackMix) else host
+
+
+def _is_confusing(method: Method) -> bool:
+    host = host_of(method)
+    return isinstance(host, Arpl) and host.confusing
 
 
 def _on(
-    name: str, base: Callable[[], Run], mix: BackMix | None = None
+    name: str,
+    base: Callable[[], Run],
+    mix: BackMix | None = None,
+    rows: Sequence[tuple[str, str, Method]] = METHOD_ROWS,
 ) -> dict[str, Callable[[], Run]]:
     """Return a data set's recipes, NAME-METHOD, one for each method; `mix` as in `with_method`."""
 
@@ -307,8 +370,30 @@ def _on(
         make.__doc__ = f"Return the recipe of {name}-softmax with {what}."
         return make
 
-    made = {f"{name}-{method}": recipe(what, options) for method, what, options in METHOD_ROWS}
+    made = {f"{name}-{method}": recipe(what, options) for method, what, options in rows}
     return made | {f"{name}-softmax": base}
+
+
+def _imagenet() -> dict[str, Callable[[], Run]]:
+    """Return ImageNet's recipes: networks by lengths by methods, and those of fine-tuning.
+
+    ARPL+CS is not among them: it generates images of at most 64 pixels.
+    """
+    rows = [row for row in METHOD_ROWS if not _is_confusing(row[2])]
+    # Whoever trained the weights may have smoothed the labels, so that gamma is out of reach.
+    by_share = [
+        (name, what, _with_host(method, Ssod(share=0.1)))
+        if isinstance(host_of(method), Ssod)
+        else (name, what, method)
+        for name, what, method in rows
+    ]
+    made: dict[str, Callable[[], Run]] = {}
+    for network, base in (("rn18", imagenet_rn18), ("rn50", imagenet_rn50)):
+        for epochs in RAMPS:
+            of_length = partial(base, epochs)
+            of_length.__doc__ = base.__doc__
+            made |= _on(f"imagenet-{network}-{epochs}", of_length, rows=rows)
+    return made | _on("imagenet-finetune", imagenet_finetune_softmax, rows=by_share)
 
 
 RECIPES: dict[str, Callable[[], Run]] = {
@@ -324,10 +409,8 @@ RECIPES: dict[str, Callable[[], Run]] = {
     **_on("tiny-imagenet-strong", tiny_imagenet_strong_softmax),
     **_on("cifar10-cssr", cifar10_cssr_softmax),
     **_on("tiny-imagenet-cssr", tiny_imagenet_cssr_softmax),
-    "imagenet-rn18": imagenet_rn18,
-    "imagenet-rn18-backmix": imagenet_rn18_backmix,
-    "imagenet-rn50": imagenet_rn50,
-    "imagenet-rn50-backmix": imagenet_rn50_backmix,
+    **_imagenet(),
+    "imagenet-ssod-head": imagenet_ssod_head,
     **_on("demo", demo_softmax, DEMO_MIX),
     "demo-cutout": demo_cutout,
     "demo-backmix": demo_backmix,
@@ -337,7 +420,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
 
 def parse_run(recipe: str, options: Sequence[str]) -> Run:
     """Return a recipe's run with options from the command line; a mistake ends the process (2)."""
-    return tyro.cli(
+    run = tyro.cli(
         Run,
         prog=f"backmix train {recipe}",
         description=first_line(RECIPES[recipe]),
@@ -345,6 +428,30 @@ def parse_run(recipe: str, options: Sequence[str]) -> Run:
         args=list(options),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
+    if recipe.startswith("imagenet-finetune-") and run.init is None and not run.pretrained:
+        raise ValueError(
+            f"{recipe} begins with weights that are there: add --init FILE.safetensors or --init "
+            "RUN, or --model timm/NAME (or torchvision/NAME) with --pretrained"
+        )
+    return run
+
+
+def listed() -> tuple[dict[str, str], dict[str, str]]:
+    """Return what comes before -METHOD, and the recipes that stand alone; with what they are.
+
+    The lengths of ImageNet's recipes are one N.
+    """
+    methods = [name for name, _, _ in METHOD_ROWS]
+    bases = [name.removesuffix("-softmax") for name in RECIPES if name.endswith("-softmax")]
+    of_a_base = {f"{base}-{method}" for base in bases for method in methods}
+    alone = {name: first_line(made) for name, made in RECIPES.items() if name not in of_a_base}
+    before = {}
+    for base in bases:
+        network, _, epochs = base.rpartition("-")
+        lengths = epochs.isdecimal()
+        text = first_line(RECIPES[f"{base}-softmax"])
+        before[f"{network}-N" if lengths else base] = text
+    return before, alone
 
 
 def first_line(recipe: Callable[..., object]) -> str:

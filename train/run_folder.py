@@ -5,7 +5,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -30,8 +30,10 @@ class Resolved:
     """What reads the data; empty where that is still to be found out."""
 
 
-def resolve(run: Run) -> Resolved:
+def resolve(run: Run, cores: int = 0) -> Resolved:
     """Decide device, precision and threads of a run; an unfinished run keeps what it began with.
+
+    `cores` are those that `auto` may use, 0 = all that this process can.
 
     Raises:
         ValueError: what is asked for, or what the run began with, cannot be had here.
@@ -51,7 +53,7 @@ def resolve(run: Run) -> Resolved:
         precision = before["precision"] if precision == "auto" else precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-    return Resolved(str(precision), device, threads or usable_cores(), loader)
+    return Resolved(str(precision), device, threads or cores or usable_cores(), loader)
 
 
 def has_bf16(device: str) -> bool:
@@ -89,6 +91,8 @@ class Config:
     versions: dict[str, str]
     commit: str
     command: str
+    network: dict[str, Any] = field(default_factory=dict)
+    """Where the maps of a network that is not our own come from; see `models/fit.py`."""
 
     @staticmethod
     def of(
@@ -224,15 +228,30 @@ def refuse_other_options(run: Run) -> None:
         _refuse(run, changed)
 
 
+def write_config(run: Run, config: Config) -> None:
+    """Write config.json."""
+    text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
+    write_atomically(run.out / "config.json", text.encode())
+
+
 def refuse_other_data_or_write(run: Run, config: Config) -> None:
     """Write config.json of a fresh run; refuse to continue a run on other data.
 
     Raises:
         OtherRunError: saying what differs.
     """
+    refuse_other_data(run, config)
     if not newest_step(run.out):
-        text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
-        write_atomically(run.out / "config.json", text.encode())
+        write_config(run, config)
+
+
+def refuse_other_data(run: Run, config: Config) -> None:
+    """Refuse to continue a run on other data.
+
+    Raises:
+        OtherRunError: saying what differs.
+    """
+    if not newest_step(run.out):
         return
     before = read_config(run.out)
     changed = []

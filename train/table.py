@@ -26,6 +26,7 @@ from backmix.train.recipes import METHOD_ROWS, RECIPES, parse_run
 from backmix.train.results import read_all
 from backmix.train.run_folder import read_config
 from backmix.train.table_page import table_document, table_page
+from backmix.train.trained import read_run
 
 SMALL = (
     "--model classifier32-quarter --loader.batch 128 --optim.kind sgd --optim.lr 0.1 "
@@ -202,6 +203,10 @@ def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
             evaluate += ["--unknown", *options.unknown]
         if options.fit:
             evaluate += ["--fit"]
+        if options.size:
+            evaluate += ["--size", str(options.size)]
+        if options.flip:
+            evaluate += ["--flip"]
         commands.append(evaluate)
     return Job(cell.name, commands, runs / f"{cell.name}.log") if commands else None
 
@@ -230,6 +235,10 @@ def _judged(run: Path, options: TableOptions) -> bool:
     try:
         metrics = json.loads((run / "metrics.json").read_text())
         wanted = {given.partition("=")[0] for given in options.unknown}
+        views = metrics["views"]
+        size = options.size or read_run(run).loader.size
+        if (views["size"], views["flip"]) != (size, options.flip):
+            return False
         return wanted <= metrics["unknown"].keys() and bool(metrics["fit"] or not options.fit)
     except (OSError, ValueError, KeyError):
         return False

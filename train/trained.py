@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 
 from backmix.pipeline.options import LoaderOptions
 from backmix.train import protocols
 from backmix.train.methods.build import build_network
 from backmix.train.models.build import Model
+from backmix.train.models.weights import read_weights
 from backmix.train.options import Augment, Run
 from backmix.train.run_folder import read_config, run_of
 
@@ -81,7 +81,7 @@ def load_model(run: Path) -> Model:
     with torch.random.fork_rng(devices=[]):
         model = build_network(trained.options, len(trained.classes))
     try:
-        model.load_state_dict(safetensors.torch.load_file(path))
+        model.load_state_dict(read_weights(run, model))
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{path} is damaged, or not of a {trained.options.model} with "

@@ -46,6 +46,8 @@ def test_every_recipe_is_a_complete_run(name: str) -> None:
     from backmix.train.check import check
 
     complete = replace(RECIPES[name](), data=(Path("x.beton"),), out=Path("run"))
+    if name == "imagenet-ssod-head":
+        complete = replace(complete, init=Path("trained"))
     check(complete)
     assert complete.epochs > 0 and complete.loader.batch % 2 == 0
 

@@ -83,12 +83,17 @@ def test_a_folder_of_images_goes_the_whole_road(tmp_path: Path) -> None:
     backmix("preview", "all.beton", "-o", "grid.png", cwd=tmp_path)
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
     names = json.loads((tmp_path / "all.beton.jsonl").read_text().splitlines()[0])["class"]
-    train = ["train", "imagenet-rn18-backmix", "--data", "all.beton", "--out", "run"]
+    train = ["train", "imagenet-rn18-16-backmix", "--data", "all.beton", "--out", "run"]
     train += [
         "--epochs",
         "2",
         "--loader.size",
+        "96",
+        "--loader.grow-from",
         "64",
+        "--loader.grow",
+        "0",
+        "1",
         "--loader.batch",
         "12",
         "--method.patch",

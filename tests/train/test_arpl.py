@@ -17,9 +17,9 @@ from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.build import build_network
 from backmix.train.models.heads import ReciprocalPoints, cam_inputs
 from backmix.train.options import Arpl, Augment, BackMix, Optim, Run
-from backmix.train.run import prepare_run
+from backmix.train.prepare import prepare_run
 from backmix.train.trained import load_model
-from tests.runs import tiny_images, tiny_run, tiny_set
+from tests.runs import tiny_images, tiny_run, tiny_set, views_of
 from tests.train.test_loop import NoWaiting, assert_same_bits_when_stopped, start
 
 PLAIN = torch.autocast("cpu", enabled=False)
@@ -145,11 +145,11 @@ def test_the_loss_is_the_formula_image_by_image(
         batch = next(iter(loader.batches(Place(0))))
     head = state.model.head
     assert isinstance(head, ReciprocalPoints)
-    images = state.method.prepare(batch)
+    views = views_of(state.method, batch)
     with torch.no_grad():  # some images inside, some outside
-        distances = head.distances(state.model(images)[1])
+        distances = head.distances(state.model(views.images)[1])
         head.radius.copy_(1 + distances.median())
-    out = state.method.loss(images, batch, state.model)
+    out = state.method.loss(views, batch, state.model)
     assert isinstance(state.method, ArplMethod)
     again = state.method.per_sample(out.logits, out.features, batch.labels, state.model)
 
@@ -266,8 +266,8 @@ def test_backmix_trains_arpl_on_mixes(data: Path, tmp_path: Path, source: str) -
         batch = next(iter(loader.batches(Place(0))))
     backmix = state.method
     assert isinstance(backmix, BackMixMethod)
-    images = backmix.prepare(batch)
-    out = backmix.loss(images, batch, state.model)
+    shown = views_of(backmix, batch)
+    out = backmix.loss(shown, batch, state.model)
     head = state.model.head
     assert isinstance(head, ReciprocalPoints)
 
@@ -278,9 +278,9 @@ def test_backmix_trains_arpl_on_mixes(data: Path, tmp_path: Path, source: str) -
         return F.cross_entropy(logits, batch.labels) + 0.1 * hinge.mean()
 
     if source != "raw+loss":
-        assert out.loss.item() == pytest.approx(of(images).item(), rel=1e-5)
+        assert out.loss.item() == pytest.approx(of(shown.images).item(), rel=1e-5)
     out.loss.backward()
-    backmix.after_backward(batch, out, state.model, torch.ones(()))
+    backmix.after_backward(batch, shown, out, state.model, torch.ones(()))
     learnt = (backmix.bank != 0.5).flatten(1).any(1)
     assert set(learnt.nonzero().flatten().tolist()) == set(backmix.row_of[batch.index].tolist())
 

@@ -15,9 +15,9 @@ from backmix.train.augmentations import Drawn, Op, operate
 from backmix.train.check import check
 from backmix.train.methods.views import unmixed
 from backmix.train.options import Augment, BackMix, Run, Softmax, Ssod
-from backmix.train.run import prepare_run
+from backmix.train.prepare import prepare_run
 from backmix.train.state import State
-from tests.runs import tiny_run, tiny_set
+from tests.runs import tiny_run, tiny_set, views_of
 from tests.train.test_loop import NoWaiting, assert_same_bits_when_stopped, start
 
 SIZES = ((32, 32), (33, 47), (5, 7))
@@ -315,7 +315,7 @@ def test_a_pool_stands_where_its_recipe_has_it(data: Path, name: str, loader: st
     run = replace(tiny_run(data, Path("unused"), Softmax(), seed=3), augment=POOLS[name])
     run = replace(run, loader=replace(run.loader, loader=loader))
     state, batch = state_and_batch(run)
-    views = state.method.prepare(batch)
+    views = views_of(state.method, batch).images
     assert views.is_contiguous(memory_format=torch.channels_last)
     raw = batch.pool[batch.rows].numpy()
     for image, sample, view in zip(raw, batch.host.index.tolist(), views, strict=True):
@@ -330,7 +330,8 @@ def test_the_pool_meets_the_mix_and_the_bank_the_raw_view(data: Path, name: str)
     state, batch = state_and_batch(replace(run, augment=augment))
     still = replace(augment, pool="none", flip=False, pad=0)
     other, _ = state_and_batch(replace(run, augment=still))
-    views, mixes = state.method.prepare(batch), other.method.prepare(batch)
+    shown = views_of(state.method, batch), views_of(other.method, batch)
+    views, mixes = (of.images for of in shown)
     mean, std = (torch.tensor(t)[:, None, None] for t in (augment.mean, augment.std))
     pixels = (mixes * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert (pixels != batch.pool[batch.rows].numpy()).any((1, 2, 3)).all()
@@ -339,10 +340,10 @@ def test_the_pool_meets_the_mix_and_the_bank_the_raw_view(data: Path, name: str)
         np.testing.assert_allclose(view.permute(1, 2, 0).numpy(), expected, rtol=1e-5, atol=1e-5)
 
     weights = {name: value.clone() for name, value in state.model.state_dict().items()}
-    for one, images in ((state, views), (other, mixes)):
-        out = one.method.loss(images, batch, one.model)
+    for one, of in zip((state, other), shown, strict=True):
+        out = one.method.loss(of, batch, one.model)
         one.model.load_state_dict(weights)  # less what the pass did to the BatchNorm statistics
-        one.method.after_backward(batch, out, one.model, torch.ones(()))
+        one.method.after_backward(batch, of, out, one.model, torch.ones(()))
     banks = [one.method.tensors()["bank"] for one in (state, other)]
     assert (banks[0] != 0.5).any() and torch.equal(*banks)
 
@@ -361,15 +362,18 @@ def test_a_view_depends_on_seed_epoch_and_sample_alone(data: Path, name: str) ->
                 sample: view.numpy().tobytes()
                 for batch in opened.batches(Place(3, 2))
                 for sample, view in zip(
-                    batch.index.tolist(), state.method.prepare(batch), strict=True
+                    batch.index.tolist(), views_of(state.method, batch).images, strict=True
                 )
             }
         shown.append(views)
     assert len(shown[0]) == 40 and shown[0] == shown[1] == shown[2]
     state, batch = state_and_batch(run, epoch=2)
-    assert state.method.prepare(batch)[0].numpy().tobytes() == shown[0][int(batch.index[0])]
+    assert (
+        views_of(state.method, batch).images[0].numpy().tobytes() == shown[0][int(batch.index[0])]
+    )
     _, later = state_and_batch(run, epoch=3)
-    assert state.method.prepare(later)[0].numpy().tobytes() != shown[0][int(later.index[0])]
+    after = views_of(state.method, later).images[0].numpy().tobytes()
+    assert after != shown[0][int(later.index[0])]
 
 
 METHODS = {
@@ -416,9 +420,9 @@ def test_bf16_views_are_rounded_once_more(data: Path) -> None:
     """CSSR's factor meets the normalised view; in bf16 the result is within two roundings."""
     run = replace(tiny_run(data, Path("unused"), Softmax()), augment=POOLS["cssr"])
     state, batch = state_and_batch(run)
-    exact = state.method.prepare(batch)
+    exact = views_of(state.method, batch).images
     state.method.views = torch.bfloat16  # type: ignore[attr-defined]
-    rounded = state.method.prepare(batch)
+    rounded = views_of(state.method, batch).images
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=2**-7, atol=0)
 

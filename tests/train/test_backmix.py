@@ -14,6 +14,7 @@ from backmix.kernels.mix_background import box_fractions, mask_views, mix_backgr
 from backmix.kernels.update_cam_bank import update_cam_bank
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import open_set
+from backmix.train.check import check
 from backmix.train.methods.backmix import (
     BackMixMethod,
     _area_average,
@@ -21,14 +22,15 @@ from backmix.train.methods.backmix import (
     _cell_shares,
     patch_at,
 )
+from backmix.train.methods.method import DeviceDraws
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.methods.views import full_boxes, unmixed
 from backmix.train.models.build import Model
 from backmix.train.models.heads import linear_head
 from backmix.train.options import BackMix, Optim, Run, Softmax, Split, Ssod
-from backmix.train.run import prepare_run, view_dtype
+from backmix.train.prepare import prepare_run, view_dtype
 from backmix.train.run_folder import Resolved
-from tests.runs import SIDE, tiny_run, tiny_set
+from tests.runs import SIDE, tiny_run, tiny_set, views_of
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +71,9 @@ def test_a_donor_never_is_of_an_unknown_class(data: Path) -> None:
     run = replace(run_of(data), split=Split(known=("a", "c")))
     run = replace(run, loader=replace(run.loader, loader="resident"))
     method, batch, _ = method_and_batch(run)
-    method.prepare(batch)
-    assert method.drawn is not None
+    views = views_of(method, batch)
     with open_set(data) as stored:
-        shown = stored.labels[batch.pool_index[method.drawn.donor].numpy()]
+        shown = stored.labels[batch.pool_index[views.drawn.donor].numpy()]
     assert set(shown.tolist()) == {0, 2}
     assert (method.row_of[batch.pool_index] == torch.arange(20)).all()
 
@@ -80,9 +81,8 @@ def test_a_donor_never_is_of_an_unknown_class(data: Path) -> None:
 @pytest.mark.parametrize(("donor", "equal"), [("same", True), ("other", False)])
 def test_donors_keep_to_the_classes_asked_for(data: Path, donor: str, equal: bool) -> None:
     method, batch, _ = method_and_batch(run_of(data, donor=donor))
-    method.prepare(batch)
-    drawn = method.drawn
-    assert drawn is not None
+    views = views_of(method, batch)
+    drawn = views.drawn
     pasted = drawn.patch[:, 4] > 0
     assert pasted.any()
     same = batch.labels[drawn.donor] == batch.labels
@@ -93,9 +93,9 @@ def test_grey_patches_lie_where_backmix_pastes(data: Path) -> None:
     """The occlusion control differs from BackMix in what the patches show, in nothing else."""
     backmix, batch, _ = method_and_batch(run_of(data))
     grey, _, _ = method_and_batch(run_of(data, mask="grey"))
-    one, other = backmix.prepare(batch), grey.prepare(batch)
-    assert backmix.drawn is not None and grey.drawn is not None
-    assert torch.equal(backmix.drawn.patch, grey.drawn.patch)
+    of_one, of_other = views_of(backmix, batch), views_of(grey, batch)
+    assert torch.equal(of_one.drawn.patch, of_other.drawn.patch)
+    one, other = of_one.images, of_other.images
     filled = torch.isclose(other, torch.full_like(other, 0.5)).all(1)
     areas = filled.flatten(1).sum(1)
     # A patch is 12 x 12 less what the shift of up to 2 px moved out.
@@ -105,17 +105,17 @@ def test_grey_patches_lie_where_backmix_pastes(data: Path) -> None:
 
 def test_nothing_is_pasted_during_the_warm_up(data: Path) -> None:
     method, batch, _ = method_and_batch(run_of(data, warmup=2))
-    method.prepare(batch)
-    assert method.drawn is not None and not method.drawn.patch.any()
+    views = views_of(method, batch)
+    assert not views.drawn.patch.any()
 
 
 @pytest.mark.parametrize("source", ["raw", "raw+loss", "mix"])
 def test_the_bank_learns_the_maps_of_the_batch_and_of_nobody_else(data: Path, source: str) -> None:
     method, batch, model = method_and_batch(run_of(data, cam_source=source, rate=1.0))
-    images = method.prepare(batch)
-    out = method.loss(images, batch, model)  # type: ignore[arg-type]
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
     state = {name: value.clone() for name, value in model.named_buffers()}
-    method.after_backward(batch, out, model, torch.ones(()))  # type: ignore[arg-type]
+    method.after_backward(batch, views, out, model, torch.ones(()))  # type: ignore[arg-type]
     if source == "raw":
         assert all(torch.equal(state[name], value) for name, value in model.named_buffers())
     changed = (method.bank != 0.5).flatten(1).any(1)
@@ -135,8 +135,9 @@ def test_the_bank_learns_the_maps_of_the_batch_and_of_nobody_else(data: Path, so
 
 def test_a_void_step_leaves_the_bank(data: Path) -> None:
     method, batch, model = method_and_batch(run_of(data, rate=1.0))
-    out = method.loss(method.prepare(batch), batch, model)
-    method.after_backward(batch, out, model, torch.zeros(()))  # type: ignore[arg-type]
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
+    method.after_backward(batch, views, out, model, torch.zeros(()))  # type: ignore[arg-type]
     assert (method.bank == 0.5).all()
 
 
@@ -145,8 +146,9 @@ def test_masks_that_need_no_maps_cost_no_pass(data: Path, masks: Path, mask: str
     method, batch, model = method_and_batch(
         run_of(data, mask=mask, masks=masks if mask == "oracle" else None)
     )
-    out = method.loss(method.prepare(batch), batch, model)
-    method.after_backward(batch, out, model, torch.ones(()))  # type: ignore[arg-type]
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
+    method.after_backward(batch, views, out, model, torch.ones(()))  # type: ignore[arg-type]
     assert (method.bank == 0.5).all() and not method.learns
 
 
@@ -159,7 +161,8 @@ def test_the_oracle_hits_more_foreground_than_chance_and_the_log_says_so(
         if mask == "inverse":  # the coolest cells of a perfect bank
             assert method.truth is not None
             method.bank.copy_(method.truth)
-        out = method.loss(method.prepare(batch), batch, model)  # type: ignore[arg-type]
+        views = views_of(method, batch)
+        out = method.loss(views, batch, model)  # type: ignore[arg-type]
         hits[mask] = float(out.scalars["mask_hit"])
     # A 10 px square covers 100 px, of which 4 of 16 cells of 8 px can hold at most 100.
     assert hits["oracle"] > 0.9
@@ -214,7 +217,7 @@ def test_settings_that_mean_nothing_are_refused(
     data: Path, options: dict[str, object], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        prepare_run(run_of(data, **options), "test", [])
+        check(run_of(data, **options))
 
 
 def test_cool_places_are_cooler_than_drawn_ones(data: Path, masks: Path) -> None:
@@ -224,9 +227,8 @@ def test_cool_places_are_cooler_than_drawn_ones(data: Path, masks: Path) -> None
         method, batch, _ = method_and_batch(run_of(data, onto=onto, masks=masks))
         assert method.truth is not None
         method.bank.copy_(method.truth)
-        method.prepare(batch)
-        assert method.drawn is not None
-        patch = method.drawn.patch.long()
+        views = views_of(method, batch)
+        patch = views.drawn.patch.long()
         assert (patch[:, :2] >= 0).all() and (patch[:, :2] + patch[:, 4:] <= SIDE).all()
         assert (patch[:, 4:] == 12).all()
         shares = [
@@ -258,8 +260,9 @@ def cropped(data: Path, **options: object) -> Run:
 def test_a_donors_mask_is_read_through_the_donors_own_crop(data: Path) -> None:
     method, batch, _ = method_and_batch(cropped(data))
     method.bank.copy_(torch.rand(method.bank.shape, generator=torch.Generator().manual_seed(0)))
-    images, drawn = method.prepare(batch), method.drawn
-    assert drawn is not None and drawn.shift is not None
+    views = views_of(method, batch)
+    images, drawn = views.images, views.drawn
+    assert drawn.shift is not None
 
     def mixed(box: torch.Tensor) -> torch.Tensor:
         return mix_background(
@@ -289,9 +292,9 @@ def test_a_donors_mask_is_read_through_the_donors_own_crop(data: Path) -> None:
 def test_maps_enter_the_bank_where_the_network_saw_the_image(data: Path, source: str) -> None:
     """Through the crop, and for maps of the mix through flip, shift and patch as well."""
     method, batch, model = method_and_batch(cropped(data, cam_source=source, rate=0.5))
-    out = method.loss(method.prepare(batch), batch, model)
-    features, drawn = out.features.detach(), method.drawn
-    assert drawn is not None
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
+    features, drawn = out.features.detach(), views.drawn
     if source == "raw":
         model.eval()
         with torch.no_grad():
@@ -311,7 +314,7 @@ def test_maps_enter_the_bank_where_the_network_saw_the_image(data: Path, source:
         size=(SIDE, SIDE),
         rate=0.5,
     )
-    method.after_backward(batch, out, model, torch.ones(()))
+    method.after_backward(batch, views, out, model, torch.ones(()))
     assert torch.equal(method.bank, expected)
 
 
@@ -328,13 +331,14 @@ def test_maps_of_any_size_enter_one_bank_through_the_crop(
     run = growing(cropped(data, cam_source="raw", rate=0.5))
     method, batch, model = method_and_batch(run, epoch)
     assert batch.pool.shape[1:3] == (side, side) and method.bank.shape[1:] == (4, 4)
-    out = method.loss(method.prepare(batch), batch, model)
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
     model.eval()
     with torch.no_grad():
         _, features = model(unmixed(batch, method.augment, None))
     model.train()
     assert features.shape[2:] == (cells, cells)
-    method.after_backward(batch, out, model, torch.ones(()))
+    method.after_backward(batch, views, out, model, torch.ones(()))
     weight = linear_head(model).weight[batch.labels].detach()
     heat = torch.einsum("nc,nchw->nhw", weight, features).double().numpy()
     shown = 0
@@ -359,9 +363,8 @@ def test_maps_of_any_size_enter_one_bank_through_the_crop(
 def test_patches_grow_with_the_views(data: Path, position: str) -> None:
     for epoch, side in ((0, 6), (1, 12)):
         method, batch, _ = method_and_batch(growing(run_of(data, position=position)), epoch)
-        method.prepare(batch)
-        assert method.drawn is not None
-        sides = method.drawn.patch[:, 4:]
+        views = views_of(method, batch)
+        sides = views.drawn.patch[:, 4:]
         assert sides.max() == side and (position == "clipped" or (sides == side).all())
 
 
@@ -394,10 +397,12 @@ def view_pixel(place: int, shift: int, side: int, *, flip: bool, reflect: bool) 
     return side - 1 - place if flip else place
 
 
-def slow_regions(method: BackMixMethod, batch: Batch, cells: int) -> tuple[np.ndarray, np.ndarray]:
+def slow_regions(
+    method: BackMixMethod, batch: Batch, drawn: DeviceDraws, cells: int
+) -> tuple[np.ndarray, np.ndarray]:
     """What a mix knows of its cells, pixel by pixel, with fractions for all places."""
-    drawn, side, stored = method.drawn, batch.pool.shape[1], method.bank.shape[1]
-    assert drawn is not None and drawn.shift is not None
+    side, stored = batch.pool.shape[1], method.bank.shape[1]
+    assert drawn.shift is not None
     boxes = box_fractions(batch.boxes, batch.sizes)
     box = boxes[drawn.donor] if batch.group else full_boxes(len(batch), torch.device("cpu"))
     donors = method.row_of[batch.pool_index[drawn.donor]]
@@ -467,14 +472,14 @@ def test_a_mix_knows_where_it_pasted_and_where_the_targets_map_is_hot(
         run = replace(run, augment=replace(run.augment, border="reflect"))
     if change == "growing":
         run = growing(run)
-    method, batch, model = method_and_batch(run, epoch=0)
+    method, batch, _ = method_and_batch(run, epoch=0)
     method.bank.copy_(torch.rand(method.bank.shape, generator=torch.Generator().manual_seed(0)))
-    method.prepare(batch)
-    assert method.drawn is not None and method.drawn.flip.any() and not method.drawn.flip.all()
-    regions = method._regions(batch, model)
+    views = views_of(method, batch)
+    assert views.drawn.flip.any() and not views.drawn.flip.all()
+    regions = views.regions
     assert regions is not None
     cells = 2 if change == "growing" else 4
-    pasted, heat = slow_regions(method, batch, cells)
+    pasted, heat = slow_regions(method, batch, views.drawn, cells)
     assert regions.pasted.dtype == regions.heat.dtype == torch.float32
     assert np.allclose(regions.pasted.numpy(), pasted, rtol=1e-6, atol=0)
     assert np.array_equal(regions.heat.numpy(), heat, equal_nan=True)
@@ -505,10 +510,11 @@ def test_the_bank_learns_where_only_the_host_asks_for_it(
     data: Path, pasted: bool, moves: bool
 ) -> None:
     method, batch, model = method_and_batch(run_of(data, mask="grey", host=Ssod(pasted=pasted)))
-    out = method.loss(method.prepare(batch), batch, model)
-    method.after_backward(batch, out, model, torch.ones(()))
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
+    method.after_backward(batch, views, out, model, torch.ones(()))
     assert bool((method.bank != 0.5).any()) == moves
-    assert (method._regions(batch, model) is not None) == moves
+    assert (views.regions is not None) == moves
 
 
 def test_a_replaced_image_writes_no_map(data: Path) -> None:
@@ -517,8 +523,9 @@ def test_a_replaced_image_writes_no_map(data: Path) -> None:
     status = torch.zeros(16, dtype=torch.uint8)
     status[3] = 2
     batch = replace(batch, status=status)
-    out = method.loss(method.prepare(batch), batch, model)
-    method.after_backward(batch, out, model, torch.ones(()))
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
+    method.after_backward(batch, views, out, model, torch.ones(()))
     row = method.bank[batch.index]
     assert (row[3] == 0.5).all() and (row[4] != 0.5).any()
 
@@ -530,9 +537,10 @@ def test_the_raw_views_count_with_their_weight_and_give_the_maps(data: Path) -> 
         optim=Optim(label_smoothing=0.2),
     )
     method, batch, model = method_and_batch(run)
-    images = method.prepare(batch)
-    out = method.loss(images, batch, model)
-    logits, features = model(torch.cat([images, unmixed(batch, method.augment, None)]))
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
+    both = torch.cat([views.images, unmixed(batch, method.augment, None)])
+    logits, features = model(both)
     loss = [F.cross_entropy(half, batch.labels, label_smoothing=0.2) for half in logits.split(16)]
     assert out.loss.item() == pytest.approx((loss[0] + 0.25 * loss[1]).item(), rel=1e-5)
     assert torch.allclose(out.features, features[16:], atol=1e-5)
@@ -544,9 +552,10 @@ def test_shifts_bring_in_the_border_that_was_asked_for(data: Path) -> None:
     for border, outside in (("mean", 0.0), ("black", -100 / 50)):
         augment = replace(run.augment, border=border, mean=mean, std=(50.0, 50.0, 50.0))
         method, batch, _ = method_and_batch(replace(run, augment=augment))
-        images = method.prepare(batch)
-        assert method.drawn is not None and method.drawn.shift is not None
-        down = method.drawn.shift[:, 0] < 0  # the first output row lies above the image
+        views = views_of(method, batch)
+        images = views.images
+        assert views.drawn.shift is not None
+        down = views.drawn.shift[:, 0] < 0  # the first output row lies above the image
         assert down.any()
         assert torch.allclose(images[down][:, 0, 0], torch.tensor(outside))
 
@@ -567,11 +576,11 @@ def test_views_in_bf16_are_the_fp32_views_rounded(data: Path, method: Softmax | 
     _, state, loader = prepare_run(run, "test", [])
     with loader:
         batch = next(iter(loader.batches(Place(run.seed, 1))))
-    exact = state.method.prepare(batch)
+    exact = views_of(state.method, batch).images
     assert exact.dtype == torch.float32
     made = state.method
     assert isinstance(made, SoftmaxMethod | BackMixMethod)
-    narrow = replace(made, views=torch.bfloat16).prepare(batch)
+    narrow = views_of(replace(made, views=torch.bfloat16), batch).images
     assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, exact.bfloat16())
     assert torch.equal(
         unmixed(batch, run.augment, None, torch.bfloat16),
@@ -585,8 +594,9 @@ def test_the_extra_pass_gets_views_of_the_same_type(data: Path) -> None:
     seen: list[torch.dtype] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        out = method.loss(method.prepare(batch), batch, model)
-        method.after_backward(batch, out, model, torch.ones(()))
+        views = views_of(method, batch)
+        out = method.loss(views, batch, model)
+        method.after_backward(batch, views, out, model, torch.ones(()))
     assert seen == [torch.bfloat16, torch.bfloat16]
 
 

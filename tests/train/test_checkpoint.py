@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors.torch import load_file
 
+from backmix.train import checkpoint
 from backmix.train.checkpoint import (
-    KEEP,
     checkpoint_path,
+    is_locked,
     load_tensors,
     locked,
     newest_checkpoint,
@@ -47,6 +51,22 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor), name
+
+
+def test_a_file_is_what_safetensors_itself_would_write(tmp_path: Path) -> None:
+    """The header is ours, written beside the tensors' own memory: every dtype, byte for byte."""
+    kinds = [dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)]
+    tensors = some_tensors()
+    for number, dtype in enumerate(set(kinds) & set(checkpoint._DTYPES)):
+        tensors[f"{number % 3}{dtype}"] = torch.arange(5).to(dtype)
+    meta = {"step": 7, "quotes": 'é "x"\n'}
+    save_tensors(tmp_path / "a", tensors, meta)
+    written = (tmp_path / "a").read_bytes()
+    header = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+    plain = {name: value.contiguous().clone() for name, value in tensors.items()}
+    assert written == safetensors.torch.save(plain, header["__metadata__"])
+    read = load_file(tmp_path / "a")
+    assert all(torch.equal(read[name], value) for name, value in plain.items())
 
 
 def test_equal_contents_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
@@ -90,7 +110,7 @@ def test_only_the_last_checkpoints_are_kept_and_a_damaged_one_is_passed_over(
 ) -> None:
     for step in (5, 10, 15, 20):
         save_checkpoint(tmp_path, step, {"w": torch.tensor(step)}, {"step": step})
-    assert len(list((tmp_path / "checkpoints").iterdir())) == KEEP
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     torn = tmp_path / "checkpoints" / "step-00000025.safetensors.tmp"
     torn.write_bytes(b"half")
     newest = checkpoint_path(tmp_path, 20)
@@ -176,6 +196,72 @@ def test_a_run_folder_has_one_owner(tmp_path: Path) -> None:
     with locked(tmp_path):
         assert f"in use by process {os.getpid()}" in second()
     assert second() == "in"
+
+
+HOLD = """
+import errno, fcntl, os, sys, time
+from pathlib import Path
+from backmix.train.checkpoint import locked
+def flock(file, how): raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+fcntl.flock = flock
+with locked(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def without_locks(file: object, how: int) -> None:
+    raise OSError(95, "Operation not supported")
+
+
+def test_where_the_file_system_has_no_locks_a_lease_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint.fcntl, "flock", without_locks)
+    lock = tmp_path / "run.lock"
+
+    def refused(holder: str) -> bool:
+        with pytest.raises(ValueError, match=f"is in use by process {holder}: wait"):
+            with locked(tmp_path):
+                pass
+        return is_locked(tmp_path)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        env={"PYTHONPATH": str(ROOT / "src")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "in\n"
+        assert refused(str(first.pid))
+        first.kill()
+        first.wait()
+    assert not is_locked(tmp_path)  # its process is gone from this machine
+    with locked(tmp_path):
+        assert lock.read_text().split()[0] == str(os.getpid())
+    assert lock.read_text() == ""
+
+    lock.write_text("17 another-machine\n")
+    assert refused("17 on another-machine")
+    old = time.time() - 121
+    os.utime(lock, (old, old))
+    assert not is_locked(tmp_path)  # nobody has renewed it for two minutes
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+
+
+def test_a_lease_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.fcntl, "flock", without_locks)
+    monkeypatch.setattr(checkpoint, "_LEASE", 0.04)
+    with locked(tmp_path):
+        before = (tmp_path / "run.lock").stat().st_mtime_ns
+        deadline = time.monotonic() + 60
+        while (tmp_path / "run.lock").stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert not is_locked(tmp_path)
 
 
 def test_the_document_is_the_only_metadata(tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ from backmix.train.methods.confusing import (
 from backmix.train.models.build import Model
 from backmix.train.models.heads import ReciprocalPoints
 from backmix.train.options import Arpl, Augment, BackMix, Run
-from backmix.train.run import prepare_run
+from backmix.train.prepare import prepare_run
 from backmix.train.state import State
 from backmix.train.trained import load_model
-from tests.runs import tiny_images, tiny_run, tiny_set
+from tests.runs import poisoned, tiny_images, tiny_run, tiny_set, views_of
 from tests.train.test_loop import NoWaiting, fingerprint, start, stop_after
 
 PLAIN = torch.autocast("cpu", enabled=False)
@@ -399,7 +399,9 @@ def test_one_step_is_the_three_published_ones(
         q = (pooled[:, None] - head.points).square().mean(2).softmax(1)
         return (q * q.log()).sum(1).mean().exp()
 
-    views = state.method.prepare(batch).double()
+    shown = views_of(state.method, batch)
+    shown = replace(shown, images=shown.images.double())
+    views = shown.images
     fakes = images_of(SAME)
     for_d.zero_grad()
     told = -(p_real(views).log().mean() + (1 - p_real(fakes.detach())).log().mean())
@@ -419,7 +421,7 @@ def test_one_step_is_the_three_published_ones(
     total = F.cross_entropy(logits, batch.labels) + 0.1 * hinge + 0.3 * certain
     total.backward()
 
-    out = state.method.loss(views, batch, state.model)
+    out = state.method.loss(shown, batch, state.model)
     assert all(parameter.grad is None for parameter in state.model.parameters())
     assert out.loss.item() == pytest.approx(total.item(), rel=1e-9)
     figures = {name: value.item() for name, value in out.scalars.items()}
@@ -480,9 +482,9 @@ def test_real_statistics_never_see_generated_images(data: Path, tmp_path: Path, 
     state, *passes = prepared(run)
     batch = passes[epoch][0]
     plain = as_plain(state.model, run, generated=False)
-    images = state.method.prepare(batch)
-    plain(images)
-    state.method.loss(images, batch, state.model)
+    views = views_of(state.method, batch)
+    plain(views.images)
+    state.method.loss(views, batch, state.model)
     ours = dict(state.model.named_buffers())
     counted = 0
     for name, value in plain.named_buffers():
@@ -543,9 +545,9 @@ def test_autocast_never_uses_weights_of_before_a_step(data: Path, tmp_path: Path
         network.register_forward_hook(
             lambda module, i, o: calls.setdefault(module, []).append((i[0].detach(), o.detach()))
         )
-    images = state.method.prepare(batch)
+    views = views_of(state.method, batch)
     with BF16:
-        state.method.loss(images, batch, state.model)
+        state.method.loss(views, batch, state.model)
     assert [len(taken) for taken in calls.values()] == [2, 3]
     for network, taken in list(calls.items()):
         given, said = taken[-1]
@@ -568,7 +570,7 @@ def test_a_step_under_autocast_has_the_gradient_of_its_loss() -> None:
     with BF16:
         with torch.autocast("cpu", enabled=False):
             loss = layer(x).square().mean()
-        confusing._step(optimizer, loss)
+        confusing._step(optimizer, loss, len(x))
     assert torch.equal(found[0], expected)
 
 
@@ -587,8 +589,7 @@ def test_a_void_step_leaves_everything_as_it_was(
     before = copies(state.tensors())
     with monkeypatch.context() as patch:
         if cause == "views":
-            real = ArplMethod.prepare
-            patch.setattr(ArplMethod, "prepare", lambda self, b: real(self, b) * math.nan)
+            patch.setattr(ArplMethod, "prepare", poisoned(ArplMethod.prepare))
         else:
             patch.setattr(arpl_module, "open_space", lambda d, y, r: d[:, 0] * math.inf)
         loop.take_step(state, second, run, 0.1, PLAIN)
@@ -701,8 +702,8 @@ def test_backmix_gives_its_mixes_to_both_passes_and_to_the_discriminator(
     state.model.register_forward_hook(
         lambda _, images, out: trained.append(*images) if state.model.training else None
     )
-    mixes = backmix.prepare(even[0]).clone()
-    assert not torch.equal(mixes, confusion_host(backmix).prepare(even[0]))
+    mixes = views_of(backmix, even[0]).images
+    assert not torch.equal(mixes, views_of(confusion_host(backmix), even[0]).images)
     loop.take_step(state, even[0], run, 0.1, PLAIN)
     assert torch.equal(seen[0], mixes) and len(seen) == 3
     assert len(trained) == 3 and torch.equal(trained[1], mixes)
@@ -710,7 +711,7 @@ def test_backmix_gives_its_mixes_to_both_passes_and_to_the_discriminator(
 
     seen.clear()
     trained.clear()
-    mixes = backmix.prepare(odd[0]).clone()
+    mixes = views_of(backmix, odd[0]).images
     loop.take_step(state, odd[0], run, 0.1, PLAIN)
     assert not seen and len(trained) == 1 and torch.equal(trained[0], mixes)
     learnt = (backmix.bank != 0.5).flatten(1).any(1)

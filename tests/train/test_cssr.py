@@ -28,11 +28,11 @@ from backmix.train.models import heads
 from backmix.train.models.classifier32 import Classifier32
 from backmix.train.models.heads import Reconstruction, cam_inputs, put_head
 from backmix.train.options import Augment, BackMix, Cssr, Optim, Run
+from backmix.train.prepare import prepare_run
 from backmix.train.recipes import HALF, QUARTER
-from backmix.train.run import prepare_run
 from backmix.train.scores.cssr import CssrFit, Standard, cell_figures, cssr, standard_of
 from backmix.train.trained import load_model
-from tests.runs import tiny_run, tiny_set, write_set
+from tests.runs import poisoned, tiny_run, tiny_set, views_of, write_set
 from tests.train.test_loop import NoWaiting, assert_same_bits_when_stopped, start
 
 scores_module = import_module("backmix.train.scores.cssr")  # `scores` shows the function instead
@@ -268,8 +268,9 @@ def cssr_run(data: Path, out: Path, method: Cssr | BackMix, **changes: object) -
 def test_the_bank_takes_the_probabilities_of_the_plain_view(data: Path) -> None:
     method, batch, model = prepared(data, replace(METHODS["backmix"], rate=1.0))
     assert isinstance(method, BackMixMethod)
-    out = method.loss(method.prepare(batch), batch, model)
-    method.after_backward(batch, out, model, torch.ones(()))
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
+    method.after_backward(batch, views, out, model, torch.ones(()))
     model.eval()
     with torch.no_grad():
         _, features = model(unmixed(batch, method.augment, None))
@@ -285,9 +286,9 @@ def test_the_raw_views_count_with_their_weight(data: Path) -> None:
     method, batch, model = prepared(data, options)
     assert isinstance(method, BackMixMethod)
     model.eval()  # without dropout the same views give the same logits
-    images = method.prepare(batch)
-    out = method.loss(images, batch, model)
-    mixed, _ = model(images)
+    views = views_of(method, batch)
+    out = method.loss(views, batch, model)
+    mixed, _ = model(views.images)
     raw, _ = model(unmixed(batch, method.augment, None))
     rows = torch.arange(len(batch))
     expected = -mixed[rows, batch.labels].mean() - 0.25 * raw[rows, batch.labels].mean()
@@ -336,13 +337,7 @@ def test_a_void_step_leaves_everything_as_it_was(data: Path) -> None:
         next(taken)
         before = {name: value.clone() for name, value in state.tensors().items()}
         real = state.method.prepare
-
-        def poisoned(batch):
-            images = real(batch)
-            images[1] = math.nan
-            return images
-
-        state.method.prepare = poisoned  # type: ignore[method-assign]
+        state.method.prepare = poisoned(real, row=1)  # type: ignore[method-assign]
         assert not torch.isfinite(next(taken).loss)
     after = state.tensors()
     assert "model.head.encoder" in before and "method.bank" in before

@@ -23,12 +23,14 @@ from backmix.train import run as run_module
 from backmix.train.checkpoint import checkpoint_path, load_tensors, locked
 from backmix.train.log import GrowingFile, read_status, write_status
 from backmix.train.loop import steps
+from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.options import Augment, BackMix, Method, Optim, Run, Softmax, Split, Ssod
-from backmix.train.run import begin, prepare_run, train
+from backmix.train.prepare import begin, fill_bank, prepare_run
+from backmix.train.run import train
 from backmix.train.state import State
 from backmix.train.trained import load_model
-from tests.runs import tiny_run, tiny_set
+from tests.runs import poisoned, tiny_images, tiny_run, tiny_set, views_of
 
 METHODS = {
     "softmax": Softmax(),
@@ -94,7 +96,7 @@ def test_a_run_writes_its_folder(data: Path, tmp_path: Path) -> None:
     assert sum(row["samples"] for row in rows) == 3 * 40
     assert rows[1]["consumed"] == 40 and rows[1]["epoch"] == 0
     summary = (out / "summary.csv").read_text().splitlines()
-    assert summary[0] == "epoch,step,loss,accuracy" and len(summary) == 4
+    assert summary[0] == "epoch,step,train_loss,train_top1,lr" and len(summary) == 4
     assert read_status(out)["state"] == "finished"
     config = json.loads((out / "config.json").read_text())
     assert config["classes"] == ["a", "b", "c", "d"]
@@ -340,6 +342,7 @@ def test_a_signal_before_the_first_step_stops_the_run(
         ({"val": 1.5}, "--val"),
         ({"save_minutes": math.nan}, "--save-minutes"),
         ({"seed": -1}, "--seed"),
+        ({"keep": 0}, "--keep"),
         ({"optim": Optim(lr=math.nan)}, "--optim.lr"),
         ({"optim": Optim(label_smoothing=2.0)}, "--optim.label-smoothing"),
         ({"optim": Optim(warmup=2.0)}, "--optim.warmup"),
@@ -374,10 +377,10 @@ def test_a_log_on_a_full_disk_loses_nothing(
     file.append("second\n")
     assert (tmp_path / "log").read_text() == "one\n"
     with pytest.raises(OSError, match=r"cannot write .*log: No space left"):
-        file.make_durable()
+        file.write()
     assert (tmp_path / "log").read_text() == "one\n"
     room[0] = 1000
-    assert file.make_durable() == len("one\nsecond\n")
+    assert file.write() == len("one\nsecond\n")
     assert (tmp_path / "log").read_text() == "one\nsecond\n"
     file.close()
 
@@ -400,13 +403,7 @@ def test_a_void_step_leaves_everything_as_it_was(data: Path, tmp_path: Path) -> 
         next(taken)
         before = {name: value.clone() for name, value in state.tensors().items()}
         real = state.method.prepare
-
-        def poisoned(batch):
-            images = real(batch)
-            images[1] = math.nan
-            return images
-
-        state.method.prepare = poisoned  # type: ignore[method-assign]
+        state.method.prepare = poisoned(real, row=1)  # type: ignore[method-assign]
         loss = next(taken).loss
         state.method.prepare = real  # type: ignore[method-assign]
         assert not torch.isfinite(loss)
@@ -430,9 +427,10 @@ def test_void_steps_count_in_no_figure_but_their_own(
     run = tiny_run(data, tmp_path / "run", Softmax(), epochs=1, log_every=3)
     real, seen = SoftmaxMethod.loss, []
 
-    def second_is_void(self, images, batch, model):
+    def second_is_void(self, views, batch, model):
         second = len(seen) == 1
-        out = real(self, images * (math.nan if second else 1), batch, model)
+        shown = replace(views, images=views.images * (math.nan if second else 1))
+        out = real(self, shown, batch, model)
         out.scalars["figure"] = torch.tensor(math.inf if second else 0.25)
         seen.append(out.per_sample)
         return out
@@ -486,9 +484,9 @@ def test_labels_are_smoothed(data: Path, tmp_path: Path) -> None:
     _, state, loader = prepare_run(run, "test", [])
     with loader:
         batch = next(iter(loader.batches(Place(0))))
-    images = state.method.prepare(batch)
-    out = state.method.loss(images, batch, state.model)
-    logits, _ = state.model(images)
+    views = views_of(state.method, batch)
+    out = state.method.loss(views, batch, state.model)
+    logits, _ = state.model(views.images)
     expected = F.cross_entropy(logits, batch.labels, label_smoothing=0.3)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -496,8 +494,7 @@ def test_labels_are_smoothed(data: Path, tmp_path: Path) -> None:
 def test_a_run_that_is_only_void_ends_with_the_samples_named(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = SoftmaxMethod.prepare
-    monkeypatch.setattr(SoftmaxMethod, "prepare", lambda self, batch: real(self, batch) * math.nan)
+    monkeypatch.setattr(SoftmaxMethod, "prepare", poisoned(SoftmaxMethod.prepare))
     run = tiny_run(data, tmp_path / "run", Softmax(), epochs=30, log_every=12)
     first = set(order(0, 2, 40)[:16].tolist())  # the third log row in a row ends it, in epoch 2
     with pytest.raises(ValueError, match=r"[0-9]+ of the last [0-9]+ steps") as ended:
@@ -510,12 +507,18 @@ def test_a_run_that_is_only_void_ends_with_the_samples_named(
 class NoWaiting(TorchDispatchMode):
     """Raises where the host would wait for a device: `.item()`, and sizes that depend on data."""
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select")
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        assert not any(word in name for word in self.FORBIDDEN), f"{name} waits for the device"
-        return func(*args, **(kwargs or {}))
+        name, given = str(func), kwargs or {}
+        waits = any(word in name for word in self.FORBIDDEN)
+        if name.startswith(("aten.index.", "aten.index_put")):
+            chosen = (place for place in args[1] if place is not None)
+            waits = any(place.dtype in (torch.bool, torch.uint8) for place in chosen)
+        if name.startswith("aten.repeat_interleave.Tensor"):
+            waits = given.get("output_size") is None
+        assert not waits, f"{name} waits for the device"
+        return func(*args, **given)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -587,6 +590,38 @@ def test_weights_that_know_what_must_not_be_learned_are_refused(data: Path, tmp_
     weights = load_model(before.out).state_dict()
     for name, value in state.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
+
+
+@pytest.mark.parametrize("kind", ["resident", "turbo"])
+def test_backmix_knows_from_the_first_step_what_a_trained_network_knows(
+    data: Path, tmp_path: Path, kind: str
+) -> None:
+    """The maps of all images, by a formula of their own; a fresh head says nothing, and is left."""
+    before = tiny_run(data, tmp_path / "before", Softmax(), epochs=1)
+    assert start(before) == 0
+    run = tiny_run(data, tmp_path / "run", METHODS["raw"], init=before.out)
+    run = replace(run, loader=replace(run.loader, loader=kind))  # type: ignore[arg-type]
+    _, state, loader = prepare_run(run, "test", [])
+    with loader:
+        assert begin(state, run).head
+        assert fill_bank(state, run, loader)
+    model = load_model(before.out)
+    assert isinstance(state.method, BackMixMethod) and isinstance(model.head, torch.nn.Linear)
+    images, labels = tiny_images(40, 4)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        _, features = model(pixels)
+        maps = torch.einsum("nc,ncij->nij", model.head.weight[torch.from_numpy(labels)], features)
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    expected = (maps - low) / (high - low)
+    assert (state.method.bank.float() - expected).abs().max() < 2e-3
+    assert state.model.training and (state.method.bank.amax((1, 2)) == 1).all()
+
+    other = replace(run, split=Split(known=("a", "b", "c")), out=tmp_path / "other")
+    weights = before.out / "model.safetensors"  # of four classes
+    _, state, loader = prepare_run(replace(other, init=weights), "test", [])
+    loader.close()
+    assert not begin(state, replace(other, init=weights)).head
 
 
 def test_the_optimizer_state_is_saved_under_parameter_names(data: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import nn
 from backmix.train import optim
 from backmix.train.check import check
 from backmix.train.methods.softmax import SoftmaxMethod
-from backmix.train.options import Augment
-from tests.runs import tiny_run
+from backmix.train.models.build import build
+from backmix.train.options import Augment, Softmax
+from backmix.train.run import train as start
+from tests.runs import tiny_run, tiny_set
 
 
 def small_model() -> nn.Module:
@@ -73,6 +76,63 @@ def test_adam_equals_the_formula_written_out():
     train(optim.make_optimizer(model.named_parameters(), kind="adam", lr=1.0), model, rates)
     for parameter, expected in zip(model.parameters(), weights, strict=True):
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_adam_decays_as_torchs_own_does(kind):
+    """Second form: torch's plain loop, one group for each parameter."""
+    model, other = small_model(), small_model()
+    rates = [0.01, 0.001, 0.02]
+    form = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
+    groups = [
+        {"params": [p], "weight_decay": 0.3 if p.ndim > 1 else 0.0} for p in other.parameters()
+    ]
+    reference = form(groups, lr=1.0, foreach=False, fused=False)
+    for step, rate in enumerate(rates):
+        for parameter, gradient in zip(other.parameters(), gradients(other, step), strict=True):
+            parameter.grad = gradient
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+    ours = optim.make_optimizer(model.named_parameters(), kind=kind, lr=1.0, weight_decay=0.3)
+    train(ours, model, rates)
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
+
+
+def test_a_masked_step_of_adamw_decays_nothing():
+    model = small_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = optim.make_optimizer(
+        model.named_parameters(), kind="adamw", lr=0.1, weight_decay=0.5
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    optimizer.found_inf = torch.ones(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    for parameter, expected in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, expected)
+        assert float(optimizer.state[parameter]["step"]) == 0
+
+
+def test_ffcv_decays_by_name_not_by_shape():
+    """By hand, for torchvision's names: what the published script's test for "bn" lets through."""
+    model = build("resnet18", 4, 64)
+    optimizer = optim.make_optimizer(
+        model.named_parameters(), lr=0.1, weight_decay=5e-5, decay="ffcv"
+    )
+    decayed = {
+        id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    }
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {5e-5, 0.0}
+    spared = {name for name, p in model.named_parameters() if id(p) not in decayed}
+    blocks = [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]
+    norms = ["bn1", *(f"{block}.bn{k}" for block in blocks for k in (1, 2))]
+    assert spared == {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
+    named = dict(model.named_parameters())
+    for name in ("layer2.0.downsample.1.weight", "layer4.0.downsample.1.bias", "fc.bias"):
+        assert id(named[name]) in decayed
 
 
 def test_a_masked_first_step_leaves_parameters_and_buffers_untouched():
@@ -143,6 +203,70 @@ def test_cyclic_equals_interpolation_epoch_by_epoch():
     steps = epochs * per_epoch
     rates = [optim.cyclic(step, steps, per_epoch, peak) for step in range(steps)]
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(11, 0.3), (100, 0.25), (7, 0.0), (50, 1.0), (40, 0.02), (1, 0.3)]
+)
+def test_onecycle_is_torchs_scheduler(steps, warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.7, total_steps=steps, pct_start=warmup, cycle_momentum=False
+    )
+    expected = []
+    for step in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < steps - 1:
+            scheduler.step()
+    rates = [
+        optim.learning_rate(
+            "onecycle", step, peak=0.7, steps=steps, steps_per_epoch=3, warmup=warmup
+        )
+        for step in range(steps)
+    ]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+def test_onecycle_where_torchs_divides_by_zero():
+    # The rise ends with the first step: it is the peak.
+    rates = [optim.onecycle(step, 10, 1.0, 0.1) for step in range(10)]
+    assert rates[0] == 1.0 and rates == sorted(rates, reverse=True)
+    assert optim.onecycle(0, 1, 1.0, 1.0) == 1.0
+
+
+def logged(run: Path) -> list[float]:
+    """Return the learning rates of a run's log, a step a row."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["lr"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "schedule", ["milestones", "linear", "cosine", "restarts", "cyclic", "onecycle"]
+)
+def test_a_stopped_run_and_one_in_parts_have_every_steps_own_rate(tmp_path, schedule):
+    """The log's rates are the function's, however the run was stopped and its steps were cut."""
+    settings = {"milestones": (1,), "warmup": 0.4, "cycles": 2}
+    run = tiny_run(tiny_set(tmp_path / "x.beton"), tmp_path / "run", Softmax(), accumulate=2)
+    run = replace(
+        run,
+        log_every=1,
+        save_steps=5,
+        optim=replace(run.optim, schedule=schedule, lr=0.03, **settings),
+    )
+    assert start(run, "test", []) == 0
+    expected = [
+        optim.learning_rate(schedule, step, peak=0.03, steps=9, steps_per_epoch=3, **settings)
+        for step in range(9)
+    ]
+    assert logged(run.out) == pytest.approx(expected, rel=1e-6)
+    # As if it had been killed between its checkpoints at steps 5 and 9.
+    newest = max((run.out / "checkpoints").iterdir())
+    newest.unlink()
+    (run.out / "model.safetensors").unlink()
+    assert start(run, "test", []) == 0 and newest.exists()
+    assert logged(run.out) == pytest.approx(expected, rel=1e-6)
 
 
 def test_milestones_with_a_warm_up_by_hand():
@@ -221,7 +345,7 @@ def test_smoothing_of_the_other_classes_alone_is_torchs_with_a_larger_share():
 @given(st.integers(1, 400), st.integers(1, 50), st.floats(0, 1), st.data())
 def test_no_step_is_wasted_at_rate_zero_and_none_passes_the_peak(steps, per_epoch, warmup, data):
     step = data.draw(st.integers(0, steps - 1))
-    schedules: list[optim.Schedule] = ["milestones", "linear", "cosine", "cyclic"]
+    schedules: list[optim.Schedule] = ["milestones", "linear", "cosine", "cyclic", "onecycle"]
     if steps >= per_epoch:
         schedules.append("restarts")
     for schedule in schedules:

@@ -22,7 +22,7 @@ from backmix.train import loop, metrics
 from backmix.train.check import check
 from backmix.train.loop import steps
 from backmix.train.methods.build import build_network
-from backmix.train.methods.method import Regions
+from backmix.train.methods.method import DeviceDraws, Regions, Views
 from backmix.train.methods.ssod import (
     Gate,
     SsodMethod,
@@ -30,10 +30,11 @@ from backmix.train.methods.ssod import (
     _extremes,
     new_rejection,
 )
+from backmix.train.models.weights import read_weights
 from backmix.train.options import Augment, BackMix, Optim, Run, Softmax, Split, Ssod
-from backmix.train.run import begin, prepare_run
+from backmix.train.prepare import begin, prepare_run
 from backmix.train.state import State
-from tests.runs import SIDE, tiny_run, tiny_set, write_set
+from tests.runs import SIDE, poisoned, tiny_run, tiny_set, views_of, write_set
 from tests.train.test_loop import NoWaiting, assert_same_bits_when_stopped, start
 
 CPU = torch.device("cpu")
@@ -85,6 +86,12 @@ class ByHand(torch.nn.Module):
         return self.head(self.maps.mean((2, 3))), self.maps
 
 
+def blank(regions: Regions | None = None) -> Views:
+    """Views that nobody looks at."""
+    nothing = torch.empty(0)
+    return Views(nothing, DeviceDraws(nothing, None, nothing, nothing, nothing), regions=regions)
+
+
 def log_odds(p: float) -> float:
     return math.log(p / (1 - p))
 
@@ -102,6 +109,7 @@ def batch_of(labels: list[int]) -> Any:
 
     batch: Any = Labels()
     batch.labels = torch.tensor(labels)
+    batch.images = len(labels)
     return batch
 
 
@@ -121,7 +129,7 @@ def test_the_loss_is_the_balanced_mean_over_known_and_unknown_locations() -> Non
     sure = [[0.97, 0.951, 0.5, 0.04], [0.03, 0.1, 0.96, 0.94]]
     s = [[0.3, -1.0, 9.0, 0.7], [2.0, 9.0, -0.4, 9.0]]
     model = by_hand(sure, s)
-    out = method_of(Ssod(weight=0.5)).loss(torch.empty(0), batch_of([0, 1]), model)  # type: ignore[arg-type]
+    out = method_of(Ssod(weight=0.5)).loss(blank(), batch_of([0, 1]), model)  # type: ignore[arg-type]
     known = (softplus(-0.3) + softplus(1.0) + softplus(-2.0)) / 3
     unknown = (softplus(0.7) + softplus(-0.4)) / 2
     pooled = [sum(map(log_odds, row)) / 4 for row in sure]
@@ -141,7 +149,7 @@ def test_the_loss_is_the_balanced_mean_over_known_and_unknown_locations() -> Non
 def test_the_gradient_is_that_of_both_means() -> None:
     """d softplus(-s) = -sigmoid(-s) over the known, d softplus(s) = sigmoid(s) over the unknown."""
     model = by_hand([[0.97, 0.96, 0.5, 0.01]], [[0.3, -1.0, 2.0, 0.7]])
-    out = method_of(Ssod()).loss(torch.empty(0), batch_of([0]), model)  # type: ignore[arg-type]
+    out = method_of(Ssod()).loss(blank(), batch_of([0]), model)  # type: ignore[arg-type]
     out.loss.backward()
     assert model.maps.grad is not None
 
@@ -166,7 +174,7 @@ def test_the_gradient_is_that_of_both_means() -> None:
 )
 def test_a_mean_of_nothing_is_nothing(sure: list[list[float]], expected: float) -> None:
     model = by_hand(sure, [[2.0, 1.5]])
-    out = method_of(Ssod()).loss(torch.empty(0), batch_of([0]), model)  # type: ignore[arg-type]
+    out = method_of(Ssod()).loss(blank(), batch_of([0]), model)  # type: ignore[arg-type]
     out.loss.backward()
     assert out.scalars["rejection_loss"].item() == pytest.approx(expected, rel=1e-5)
     assert model.maps.grad is not None and model.maps.grad.isfinite().all()
@@ -176,7 +184,7 @@ def test_a_mean_of_nothing_is_nothing(sure: list[list[float]], expected: float) 
 
 def test_a_location_that_is_sure_of_a_wrong_class_is_unknown() -> None:
     model = by_hand([[0.99, 0.99]], [[0.0, 0.0]])
-    out = method_of(Ssod()).loss(torch.empty(0), batch_of([1]), model)  # type: ignore[arg-type]
+    out = method_of(Ssod()).loss(blank(), batch_of([1]), model)  # type: ignore[arg-type]
     assert out.scalars["unknown_share"].item() == 1 and out.scalars["known_share"].item() == 0
 
 
@@ -186,7 +194,7 @@ def test_images_that_are_wrong_give_no_unknown_locations_if_so_asked() -> None:
     shares = {}
     for asked in (False, True):
         method = method_of(Ssod(require_correct=asked))
-        out = method.loss(torch.empty(0), batch_of([0, 0]), model)  # type: ignore[arg-type]
+        out = method.loss(blank(), batch_of([0, 0]), model)  # type: ignore[arg-type]
         assert out.logits.argmax(1).tolist() == [0, 1]
         shares[asked] = [out.scalars[name].item() for name in ("known_share", "unknown_share")]
     assert shares[False] == pytest.approx([3 / 6, 3 / 6])
@@ -248,13 +256,13 @@ import json
 import sys
 import torch
 import torch.distributed as dist
-from tests.train.test_ssod import batch_of, by_hand, method_of
+from tests.train.test_ssod import batch_of, blank, by_hand, method_of
 from backmix.train.options import Ssod
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 cells, s, labels = json.loads(sys.argv[3])
 model = by_hand([cells[rank]], [s[rank]])
-out = method_of(Ssod()).loss(torch.empty(0), batch_of([labels[rank]]), model)
+out = method_of(Ssod()).loss(blank(), batch_of([labels[rank]]), model)
 out.loss.backward()
 found = torch.cat([model.rejection.weight.grad[0], model.rejection.bias.grad])
 dist.all_reduce(found)
@@ -272,7 +280,7 @@ def test_processes_that_train_together_count_together(tmp_path: Path) -> None:
     """
     given = ([[0.99, 0.97, 0.96], [0.98, 0.01, 0.02]], [[0.3, -1.0, 2.0], [0.7, 0.1, -0.5]], [0, 0])
     model = by_hand(given[0], given[1])
-    out = method_of(Ssod()).loss(torch.empty(0), batch_of(given[2]), model)  # type: ignore[arg-type]
+    out = method_of(Ssod()).loss(blank(), batch_of(given[2]), model)  # type: ignore[arg-type]
     out.loss.backward()
     weight, bias = model.rejection.weight.grad, model.rejection.bias.grad
     assert weight is not None and bias is not None
@@ -348,7 +356,7 @@ def test_pasted_cells_are_unknown_with_their_share_and_the_map_limits_the_others
     sure, heat, pasted, s = zip(*cells, strict=True)
     model = by_hand([list(sure)], [list(s)])
     regions = Regions(torch.tensor([[pasted]]), torch.tensor([[heat]]))
-    out = method_of(Ssod()).loss(torch.empty(0), batch_of([0]), model, regions)  # type: ignore[arg-type]
+    out = method_of(Ssod()).loss(blank(regions), batch_of([0]), model)  # type: ignore[arg-type]
     weights = {0.3: 0.25, 0.2: 1.0, 0.1: 1.0, 0.0: 0.5, -0.1: 1.0}
     unknown = sum(w * softplus(x) for x, w in weights.items()) / sum(weights.values())
     assert out.scalars["rejection_loss"].item() == pytest.approx(softplus(-0.4) + unknown, rel=1e-5)
@@ -360,7 +368,7 @@ def test_less_than_one_pasted_cell_weighs_what_it_is() -> None:
     """The divisor is at least 1: a sliver of background in a batch is no full sample."""
     model = by_hand([[0.5, 0.5]], [[0.3, 0.3]])
     regions = Regions(torch.tensor([[[0.2, 0.0]]]), torch.full((1, 1, 2), math.nan))
-    out = method_of(Ssod()).loss(torch.empty(0), batch_of([0]), model, regions)  # type: ignore[arg-type]
+    out = method_of(Ssod()).loss(blank(regions), batch_of([0]), model)  # type: ignore[arg-type]
     assert out.scalars["rejection_loss"].item() == pytest.approx(0.2 * softplus(0.3), rel=1e-5)
 
 
@@ -448,9 +456,9 @@ def test_a_fixed_share_of_known_locations_opens_no_gate(share: float, opened: in
     model = by_hand([[0.99, 0.98, 0.1, 0.2, 0.3]], [[0.0] * 5])
     method = method_of(Ssod(share=share, gate_known=0.9), opened=False)
     batch = batch_of([0])
-    out = method.loss(torch.empty(0), batch, model)  # type: ignore[arg-type]
+    out = method.loss(blank(), batch, model)  # type: ignore[arg-type]
     assert out.scalars["known_share"].item() < 0.9 and out.logits.argmax().item() == 0
-    method.after_backward(batch, out, model, torch.ones(()))  # type: ignore[arg-type]
+    method.after_step(out.figures, torch.ones(()))
     assert method.gate.opened.item() == opened
 
 
@@ -544,13 +552,13 @@ def gradients(run: Run) -> dict[str, Tensor | None]:
     method, model = state.method, state.model
     assert isinstance(method, SsodMethod)
     method.gate.opened.fill_(method.ramp)
-    images = method.prepare(batch)
+    views = views_of(method, batch)
     losses = []
     for weight in (2.0, 1.0):
         torch.manual_seed(0)  # the same dropout
         losses.append(
             replace_options(method, replace(method.options, weight=weight))
-            .loss(images, batch, model)
+            .loss(views, batch, model)
             .loss
         )
     (losses[0] - losses[1]).backward()
@@ -632,7 +640,7 @@ def test_a_void_step_leaves_everything_as_it_was(data: Path, tmp_path: Path, nam
         before = {key: value.clone() for key, value in state.tensors().items()}
         assert any(key.endswith("gate.opened") for key in before)
         real = state.method.prepare
-        state.method.prepare = lambda batch: real(batch) * math.nan  # type: ignore[method-assign]
+        state.method.prepare = poisoned(real)  # type: ignore[method-assign]
         next(taken)
         state.method.prepare = real  # type: ignore[method-assign]
         after = state.tensors()
@@ -647,7 +655,7 @@ def test_a_void_step_leaves_everything_as_it_was(data: Path, tmp_path: Path, nam
 def answers(run: Run, data: Path, classes: int) -> tuple[Tensor, Tensor, np.ndarray]:
     """Logits and pooled features of all images by a run's weights, evaluated; and labels."""
     model = build_network(run, classes)
-    model.load_state_dict(safetensors.torch.load_file(run.out / "model.safetensors"))
+    model.load_state_dict(read_weights(run.out, model))
     with open_set((data,)) as stored, torch.no_grad():
         pixels = np.stack([stored.region(i) for i in range(stored.n)])
         labels = np.array(stored.labels)
@@ -665,10 +673,12 @@ def test_the_rejection_head_alone_leaves_the_network_to_the_bit(
     assert start(run) == 0
     before = safetensors.torch.load_file(trained / "model.safetensors")
     after = safetensors.torch.load_file(run.out / "model.safetensors")
-    assert set(after) - set(before) == {"rejection.weight", "rejection.bias"}
+    assert set(after) == set(before)
     for key, value in before.items():
         assert torch.equal(after[key], value), key
-    assert after["rejection.bias"].item() != 0
+    beside = safetensors.torch.load_file(run.out / "heads.safetensors")
+    assert set(beside) == {"rejection.weight", "rejection.bias"}
+    assert beside["rejection.bias"].item() != 0
     host = replace(run, method=Softmax(), out=trained)
     assert torch.equal(answers(run, data, 4)[0], answers(host, data, 4)[0])
 
@@ -778,7 +788,7 @@ def test_the_rejection_head_tells_unknown_classes_from_known_ones(
         run = replace(run, method=BackMix(patch=8, host=light, cam_source="mix"))
     assert start(run) == 0
     logits, features, labels = answers(run, bars[1], len(KNOWN))
-    weights = safetensors.torch.load_file(run.out / "model.safetensors")
+    weights = safetensors.torch.load_file(run.out / "heads.safetensors")
     score = (features @ weights["rejection.weight"][0] + weights["rejection.bias"]).double().numpy()
     known = labels < len(KNOWN)
     assert (logits.argmax(1).numpy() == labels)[known].mean() > 0.95

@@ -154,6 +154,12 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
     metrics = json.loads((runs / "softmax-A0-seed0" / "metrics.json").read_text())
     assert "all" in metrics["unknown"] and "knn" in metrics["unknown"]["all"]["scores"]
     assert (runs / "softmax-A0-seed0" / "status.json").stat().st_mtime_ns == before
+    for again in ({"flip": True}, {"flip": True, "size": 24}):
+        asked = replace(asked, **again)
+        assert run_table("cifar10", asked, say=said.append) == 0
+        metrics = json.loads((runs / "softmax-A0-seed0" / "metrics.json").read_text())
+        assert metrics["views"] == {"size": asked.size or 32, "flip": True}
+        assert "averaged over each view" in (options.out / "table.md").read_text()
     said.clear()
     assert run_table("cifar10", asked, say=said.append) == 0
     assert said[0].startswith("1 cells, 1 of them finished")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from backmix.pipeline.batch import Batch
 from backmix.train.methods.confusing import Confusion
-from backmix.train.methods.method import Out, Regions
-from backmix.train.methods.views import augmented
+from backmix.train.methods.method import DeviceDraws, Out, Views
+from backmix.train.methods.views import augmented, draw_plain
 from backmix.train.models.build import Model
 from backmix.train.models.heads import ReciprocalPoints
 from backmix.train.options import Arpl, Augment
@@ -48,27 +48,31 @@ class ArplMethod:
     confusion: Confusion | None = None
     """The generated images of ARPL+CS."""
 
-    def prepare(self, batch: Batch) -> Tensor:
-        """Return the augmented views."""
-        return augmented(batch, self.augment, self.views)
+    def draw(self, batch: Batch) -> DeviceDraws:
+        """Return flips and shifts."""
+        return draw_plain(batch, self.augment)
 
-    def loss(
-        self, images: Tensor, batch: Batch, model: Model, regions: Regions | None = None
-    ) -> Out:
-        """Return the loss of the views; what a mix knows of its cells is not asked."""
+    def prepare(self, batch: Batch, drawn: DeviceDraws) -> Views:
+        """Return the augmented views."""
+        return augmented(batch, self.augment, drawn, self.views)
+
+    def loss(self, views: Views, batch: Batch, model: Model) -> Out:
+        """Return the loss of the views."""
         confusion = self.confusion if self._confuses(batch.place.epoch) else None
-        of_gan = {} if confusion is None else confusion.take_steps(images, batch, model)
-        logits, features = model(images)
+        of_gan = {} if confusion is None else confusion.take_steps(views.images, batch, model)
+        logits, features = model(views.images)
         head = _head(model)
         outside = open_space(head.distances(features), batch.labels, head.radius)
         per_sample = self._cross_entropy(logits, batch.labels) + self.options.weight * outside
         loss = per_sample.mean()
+        figures = {}
         if confusion is not None:
             certain = confusion.fresh_certainty(batch, model)
             loss = loss + self.options.beta * certain
-            of_gan = {"certainty": certain.detach(), **of_gan}
+            figures = {"certainty": certain.detach()}
+            of_gan = figures | of_gan
         own = {"open_space": outside.detach().mean(), "radius": head.radius.detach()[0]}
-        return Out(loss, logits, features, per_sample.detach(), of_gan | own)
+        return Out(loss, logits, features, per_sample.detach(), of_gan | own, figures)
 
     def per_sample(self, logits: Tensor, features: Tensor, labels: Tensor, model: Model) -> Tensor:
         """Return the loss of each image, without generated ones.
@@ -86,9 +90,14 @@ class ArplMethod:
         """Return whether the bank learns: with generated images in every second pass."""
         return not self._confuses(epoch)
 
-    def after_backward(self, batch: Batch, out: Out, model: Model, alive: Tensor) -> None:
+    def after_backward(
+        self, batch: Batch, views: Views, out: Out, model: Model, alive: Tensor
+    ) -> None:
+        """Learn nothing from a part by itself."""
+
+    def after_step(self, figures: dict[str, Tensor], alive: Tensor) -> None:
         """Take the steps of discriminator and generator back where the network takes none."""
-        if self.confusion is not None and self._confuses(batch.place.epoch):
+        if self.confusion is not None and "certainty" in figures:
             self.confusion.settle(alive)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ Fore-Background Priors" (TPAMI 2025). The two operations are `kernels/mix_backgr
 `kernels/update_cam_bank.py`; this file draws, calls them in order, and keeps the bank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,9 +26,9 @@ from backmix.pipeline import draws
 from backmix.pipeline.batch import Batch
 from backmix.pipeline.beton import BetonSet
 from backmix.pipeline.subset import Subset
-from backmix.train.methods.method import HostMethod, Out, Regions
+from backmix.train.exchange import Exchange
+from backmix.train.methods.method import DeviceDraws, HostMethod, Out, Regions, Views
 from backmix.train.methods.views import (
-    DeviceDraws,
     border_of,
     full_boxes,
     to_device,
@@ -64,10 +64,11 @@ class BackMixMethod:
     grow, the patch keeps its share of the side. None = patches have that side in all views."""
     views: torch.dtype = torch.float32
     """dtype of the images that the network is given."""
-    drawn: DeviceDraws | None = None
-    """Draws of the batch in hand, between prepare and after_backward."""
-    scalars: dict[str, Tensor] | None = None
-    """Log figures of the batch in hand."""
+    grid: Callable[[int], tuple[int, int]] | None = None
+    """Cells of the network's last map by the side of the views, for hosts that ask what lies in
+    them. None = the bank's, whatever the side."""
+    exchange: Exchange | None = None
+    """How the rows that are written here reach the other processes that train with this one."""
 
     @property
     def learns(self) -> bool:
@@ -75,14 +76,13 @@ class BackMixMethod:
         masked = self.options.mask in ("cam", "inverse")
         return masked or self.options.onto == "cool" or self._asked_for_regions()
 
-    def prepare(self, batch: Batch) -> Tensor:
-        """Draw for every image and return the mixed, flipped, shifted, normalised views."""
+    def draw(self, batch: Batch) -> DeviceDraws:
+        """Draw donor, patch, flip and shift for every image."""
         options = self.options
         pool_index = batch.host.pool_index
         height, width = batch.pool.shape[1:3]
-        device = batch.pool.device
         epoch = batch.place.epoch
-        drawn = to_device(
+        return to_device(
             draws.mix_draws(
                 batch.place.seed,
                 epoch,
@@ -99,16 +99,16 @@ class BackMixMethod:
                 donor_class=options.donor,
                 labels=self.label_of[pool_index] if options.donor != "any" else None,
             ),
-            device,
+            batch.pool.device,
         )
-        if options.onto == "cool":
-            drawn = self._onto_cool_cells(batch, drawn)
-        self.drawn = drawn
 
+    def prepare(self, batch: Batch, drawn: DeviceDraws) -> Views:
+        """Return the mixed, flipped, shifted, normalised views."""
+        if self.options.onto == "cool":
+            drawn = self._onto_cool_cells(batch, drawn)
         bank = self.masking_bank()
         bank_row, box = self._donor_views(batch, drawn)
         cells = self.mask_cells()
-        self.scalars = self._hits(bank, bank_row, cells, drawn)
 
         def mix(flip: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
             return mix_background(
@@ -131,28 +131,38 @@ class BackMixMethod:
                 dtype=dtype,
             )
 
-        return with_pool(mix, batch, self.augment, drawn, self.views)
+        twice = self.options.cam_source == "raw+loss"
+        return Views(
+            with_pool(mix, batch, self.augment, drawn, self.views),
+            drawn,
+            plain=unmixed(batch, self.augment, None, self.views) if twice else None,
+            regions=self._regions(batch, drawn) if self._asked_for_regions() else None,
+            scalars=self._hits(bank, bank_row, cells, drawn),
+        )
 
-    def loss(self, images: Tensor, batch: Batch, model: Model) -> Out:
+    def loss(self, views: Views, batch: Batch, model: Model) -> Out:
         """Return the host's loss of the mix; with raw+loss, plus that of the plain views."""
         options = self.options
-        if options.cam_source == "raw+loss":
+        if views.plain is not None:
             n = len(batch)
-            both = torch.cat([images, unmixed(batch, self.augment, None, self.views)])
+            both = torch.cat([views.images, views.plain])
             both = both.contiguous(memory_format=torch.channels_last)
             logits, features = model(both)
             per_sample = self.host.per_sample(logits, features, batch.labels.repeat(2), model)
             mixed, raw = per_sample[:n], per_sample[n:]
             loss = mixed.mean() + options.raw_weight * raw.mean()
             per_sample = (mixed + options.raw_weight * raw).detach()
-            return Out(loss, logits[:n], features[n:], per_sample, self.scalars or {})
-        out = self.host.loss(images, batch, model, self._regions(batch, model))
-        return replace(out, scalars={**out.scalars, **(self.scalars or {})})
+            return Out(loss, logits[:n], features[n:], per_sample, views.scalars)
+        out = self.host.loss(views, batch, model)
+        return replace(out, scalars={**out.scalars, **views.scalars})
 
-    def after_backward(self, batch: Batch, out: Out, model: Model, alive: Tensor) -> None:
+    def after_backward(
+        self, batch: Batch, views: Views, out: Out, model: Model, alive: Tensor
+    ) -> None:
         """Write the images' activation maps into the bank, with the weights that made them."""
-        self.host.after_backward(batch, out, model, alive)
-        if not self.learns or not self.host.learns_maps(batch.place.epoch):
+        self.host.after_backward(batch, views, out, model, alive)
+        learns = self.learns and self.host.learns_maps(batch.place.epoch)
+        if not learns or not batch.images:
             return
         options = self.options
         features = out.features.detach()
@@ -163,24 +173,58 @@ class BackMixMethod:
                 _, features = model(unmixed(batch, self.augment, None, self.views))
             model.train()
         mixed = options.cam_source == "mix"
-        drawn = self.drawn
-        assert drawn is not None
+        # A replaced image may also be in the batch itself: its row has one writer only.
+        rows = torch.where(batch.status == 2, -1, self.row_of[batch.index])
+        drawn = views.drawn if mixed else None
+        self._write(features, batch, model, rows, options.rate * alive, drawn)
+
+    @torch.no_grad()
+    def fill_bank(self, batches: Iterable[Batch], model: Model) -> None:
+        """Write the maps of plain views as they are, before a trained network is trained further.
+
+        Args:
+            batches: of training images, each in one of them at most.
+            model: the network; its head must have been trained.
+        """
+        training = model.training
+        model.eval()
+        for batch in batches:
+            if len(batch):
+                _, features = model(unmixed(batch, self.augment, None, self.views))
+                self._write(features, batch, model, self.row_of[batch.index], 1.0, None)
+        model.train(training)
+
+    def _write(
+        self,
+        features: Tensor,
+        batch: Batch,
+        model: Model,
+        rows: Tensor,
+        rate: Tensor | float,
+        drawn: DeviceDraws | None,
+    ) -> None:
+        """Write maps into rows of the bank: with `drawn` those of the mix, else of plain views."""
         maps, weights = cam_inputs(model.head, features)
         update_cam_bank(
             self.bank,
             maps,
             weights,
             batch.labels,
-            # A replaced image may also be in the batch itself: its row has one writer only.
-            torch.where(batch.status == 2, -1, self.row_of[batch.index]),
+            rows,
             box=box_fractions(batch.boxes, batch.sizes),
-            flip=drawn.flip if mixed else None,
-            shift=drawn.shift if mixed else None,
-            patch=drawn.patch if mixed else None,
+            flip=drawn and drawn.flip,
+            shift=drawn and drawn.shift,
+            patch=drawn and drawn.patch,
             size=(batch.pool.shape[1], batch.pool.shape[2]),
-            rate=options.rate * alive,
-            normalise=options.normalise,
+            rate=rate,
+            normalise=self.options.normalise,
         )
+        if self.exchange is not None:
+            self.exchange.wrote(rows)
+
+    def after_step(self, figures: dict[str, Tensor], alive: Tensor) -> None:
+        """Let the host learn from the step."""
+        self.host.after_step(figures, alive)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the bank, which masks of the next epoch are read from, and the host's state."""
@@ -197,12 +241,9 @@ class BackMixMethod:
         host = self.options.host
         return isinstance(host, Ssod) and host.pasted
 
-    def _regions(self, batch: Batch, model: Model) -> Regions | None:
-        """Return what the mix knows of its cells, where the host asks for it."""
-        if not self._asked_for_regions():
-            return None
-        drawn, (height, width) = self.drawn, batch.pool.shape[1:3]
-        assert drawn is not None
+    def _regions(self, batch: Batch, drawn: DeviceDraws) -> Regions:
+        """Return what the mix knows of its cells."""
+        height, width = batch.pool.shape[1:3]
         # The mix of a donor that is 1 everywhere with a target that is 0 is what was pasted.
         pool = torch.zeros(2, height, width, 3, dtype=torch.uint8, device=batch.pool.device)
         pool[1] = 1
@@ -228,7 +269,8 @@ class BackMixMethod:
             mode=self.mode(),
             dtype=torch.uint8,
         )
-        grid = model.grid(height)
+        cells = self.bank.shape[1], self.bank.shape[2]
+        grid = self.grid(height) if self.grid else cells
         heat = mix_heat(
             self.bank,
             self.row_of[batch.index],

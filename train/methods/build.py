@@ -12,8 +12,11 @@ from backmix.train.methods.cssr import CssrMethod
 from backmix.train.methods.method import HostMethod, Method
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.methods.ssod import SsodMethod, freeze, new_rejection
+from backmix.train.models.any import AnyModel
+from backmix.train.models.blurpool import add_blurpool
 from backmix.train.models.build import Model
 from backmix.train.models.build import build as build_model
+from backmix.train.models.fit import needs_map, refuse_unfit
 from backmix.train.models.heads import ReciprocalPoints, Reconstruction, linear_head, put_head
 from backmix.train.options import Arpl, BackMix, Cssr, Host, Run, Softmax, Ssod, host_of
 
@@ -21,27 +24,32 @@ from backmix.train.options import Arpl, BackMix, Cssr, Host, Run, Softmax, Ssod,
 def build_network(run: Run, classes: int) -> Model:
     """Make a run's network with the heads of its method, weights drawn from torch's generator."""
     model = build_model(run.model, classes, run.loader.size)
-    channels = linear_head(model).in_features
+    if run.blurpool:
+        add_blurpool(model)
+    refuse_unfit(run, model)
     match host_of(run.method):
         case Softmax():
             pass
         case Ssod() as options:
-            model.rejection = new_rejection(channels)
+            model.rejection = new_rejection(linear_head(model).in_features)
             if options.train == "head":
                 freeze(model)
         case Arpl() as options:
-            put_head(model, ReciprocalPoints(classes, channels))
+            put_head(model, ReciprocalPoints(classes, linear_head(model).in_features))
             if options.confusing:
                 pair_norms(model)
         case Cssr() as options:
             head = Reconstruction(
                 classes,
-                channels,
+                linear_head(model).in_features,
                 options.latent,
                 options.gamma,
                 reciprocal=options.kind == "reciprocal",
             )
             put_head(model, head)
+    if isinstance(model, AnyModel):
+        model.maps_in_training = needs_map(run)
+        model.tap()
     return model
 
 
@@ -92,6 +100,7 @@ def build(
         label_of=label_of,
         side=run.loader.size,
         views=views,
+        grid=model.grid,
     )
 
 

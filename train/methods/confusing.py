@@ -8,12 +8,13 @@ Convolutional Generative Adversarial Networks" (ICLR 2016).
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -244,11 +245,11 @@ class Confusion:
         generated = self.images(batch, SAME)
         of_real, of_generated = self.discriminator(images), self.discriminator(generated.detach())
         told_apart = _taken_for(of_real, 1.0) + _taken_for(of_generated, 0.0)
-        void = _step(self.optimizers["discriminator"], told_apart)
+        void = _step(self.optimizers["discriminator"], told_apart, batch.images)
 
         taken = _taken_for(self.discriminator(generated), 1.0)
         confused = taken + self.beta * self._certainty(generated, model)
-        void = void | _step(self.optimizers["generator"], confused)
+        void = void | _step(self.optimizers["generator"], confused, batch.images)
         return {
             "discriminator_loss": told_apart.detach(),
             "generator_loss": confused.detach(),
@@ -309,15 +310,16 @@ def _adam(network: nn.Module) -> torch.optim.Adam:
     return optimizer
 
 
-def _step(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
+def _step(optimizer: torch.optim.Adam, loss: Tensor, images: int) -> Tensor:
     """Take a step unless a gradient is not finite; returns whether it was left out, 0-d bool.
 
-    Only the optimizer's own parameters receive gradients, whatever else the loss went through.
+    Only the optimizer's own parameters receive gradients, whatever else the loss went through: the
+    mean over all `images` of which the loss is one, in all processes that train together.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Under autocast, backward would round even the products that forward kept in fp32.
     with torch.autocast(loss.device.type, enabled=False):
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = _over_processes(torch.autograd.grad(loss, parameters), images)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     void = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients, foreach=True))
@@ -328,3 +330,22 @@ def _step(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
     # Autocast keeps casts of weights, which have just changed, until its context ends.
     torch.clear_autocast_cache()
     return void
+
+
+def _over_processes(gradients: Sequence[Tensor], images: int) -> Sequence[Tensor]:
+    """Return the mean of gradients over the processes that train together.
+
+    Args:
+        gradients: of a mean over the images of this process.
+        images: how many these are; of none nothing is taken.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return gradients
+    flat = torch.cat([*(g.reshape(-1) for g in gradients), gradients[0].new_ones(1)])
+    flat = flat * images if images else torch.zeros_like(flat)
+    dist.all_reduce(flat)
+    means = (flat[:-1] / flat[-1]).split([g.numel() for g in gradients])
+    # As the parameters lie in memory, which fused optimizers want.
+    return [
+        torch.empty_like(g).copy_(mean.view_as(g)) for g, mean in zip(gradients, means, strict=True)
+    ]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backmix.pipeline.batch import Batch
-from backmix.train.methods.method import Out, Regions
-from backmix.train.methods.views import augmented
+from backmix.train.methods.method import DeviceDraws, Out, Views
+from backmix.train.methods.views import augmented, draw_plain
 from backmix.train.models.build import Model
 from backmix.train.options import Augment
 
@@ -27,15 +27,17 @@ class CssrMethod:
     views: torch.dtype
     """dtype of the images that the network is given."""
 
-    def prepare(self, batch: Batch) -> Tensor:
-        """Return the augmented views."""
-        return augmented(batch, self.augment, self.views)
+    def draw(self, batch: Batch) -> DeviceDraws:
+        """Return flips and shifts."""
+        return draw_plain(batch, self.augment)
 
-    def loss(
-        self, images: Tensor, batch: Batch, model: Model, regions: Regions | None = None
-    ) -> Out:
+    def prepare(self, batch: Batch, drawn: DeviceDraws) -> Views:
+        """Return the augmented views."""
+        return augmented(batch, self.augment, drawn, self.views)
+
+    def loss(self, views: Views, batch: Batch, model: Model) -> Out:
         """Return the mean of -log p_y over the views."""
-        logits, features = model(images)
+        logits, features = model(views.images)
         per_sample = self.per_sample(logits, features, batch.labels, model)
         return Out(per_sample.mean(), logits, features, per_sample.detach())
 
@@ -47,8 +49,13 @@ class CssrMethod:
         """Return True: every step shows the bank something."""
         return True
 
-    def after_backward(self, batch: Batch, out: Out, model: Model, alive: Tensor) -> None:
+    def after_backward(
+        self, batch: Batch, views: Views, out: Out, model: Model, alive: Tensor
+    ) -> None:
         """Learn nothing after the gradients."""
+
+    def after_step(self, figures: dict[str, Tensor], alive: Tensor) -> None:
+        """Learn nothing."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return nothing: what is learned are modules of the network."""

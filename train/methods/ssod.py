@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from backmix.kernels.location_confidence import location_confidence
 from backmix.pipeline.batch import Batch
-from backmix.train.methods.method import Out, Regions
-from backmix.train.methods.views import augmented
+from backmix.train.methods.method import DeviceDraws, Out, Regions, Views
+from backmix.train.methods.views import augmented, draw_plain
 from backmix.train.models.build import Model
 from backmix.train.models.heads import linear_head
 from backmix.train.options import Augment, Ssod
@@ -122,20 +122,20 @@ class SsodMethod:
     ramp: int
     """Steps over which the rejection loss rises after its gate has opened: one epoch."""
     device: torch.device
-    watched: tuple[Tensor, Tensor] | None = None
-    """Share of known locations and accuracy of the batch in hand, from loss to after_backward."""
 
     def __post_init__(self) -> None:
         """Close the gate."""
         self.gate = Gate(self.ramp, self.device)
 
-    def prepare(self, batch: Batch) -> Tensor:
-        """Return the augmented views."""
-        return augmented(batch, self.augment, self.views)
+    def draw(self, batch: Batch) -> DeviceDraws:
+        """Return flips and shifts."""
+        return draw_plain(batch, self.augment)
 
-    def loss(
-        self, images: Tensor, batch: Batch, model: Model, regions: Regions | None = None
-    ) -> Out:
+    def prepare(self, batch: Batch, drawn: DeviceDraws) -> Views:
+        """Return the augmented views."""
+        return augmented(batch, self.augment, drawn, self.views)
+
+    def loss(self, views: Views, batch: Batch, model: Model) -> Out:
         """Return the loss of the class head and of the rejection head.
 
         With the rejection head alone the network is in evaluation mode: neither dropout nor
@@ -143,32 +143,30 @@ class SsodMethod:
         """
         if self.options.train == "head":
             model.eval()
-        logits, features = model(images)
+        logits, features = model(views.images)
         entropy = F.cross_entropy(
             logits.float(), batch.labels, reduction="none", label_smoothing=self.label_smoothing
         )
         right = logits.detach().argmax(1) == batch.labels
-        known, unknown = self._samples(features, batch.labels, right, model, regions)
+        known, unknown = self._samples(features, batch.labels, right, model, views.regions)
         s = rejection_logits(model, features).float()
 
-        shares = torch.stack([known.mean(), unknown.mean(), right.float().mean()])
-        sums, ranks = _over_ranks(torch.stack([known.sum(), unknown.sum(), *shares]))
-        count_known, count_unknown = sums[:2].clamp(min=1)
-        known_share, unknown_share, accuracy = sums[2:] / ranks
-        self.watched = (known_share, accuracy)
-        # Each image's part of both means, times the images, so that their mean is the whole.
+        figures = self._figures(batch, known, unknown, right)
+        count_known, count_unknown = figures["known"].clamp(min=1), figures["unknown"].clamp(min=1)
+        # Each image's part of both means, times the images, so that their mean is the whole: also
+        # that over several processes, in which a mean counts as many times as it has images.
         parts = F.softplus(-s) * (known / count_known) + F.softplus(s) * (unknown / count_unknown)
-        rejection = parts.sum((1, 2)) * (ranks * len(batch))
+        rejection = parts.sum((1, 2)) * figures["images"]
         joint = self.options.train == "joint"
-        gate = self.gate.weight() if joint else torch.ones_like(accuracy)
+        gate = self.gate.weight() if joint else torch.ones_like(figures["right"])
         per_sample = entropy + self.options.weight * gate * rejection
         scalars = {
-            "known_share": known_share,
-            "unknown_share": unknown_share,
+            "known_share": figures["known"] / figures["locations"],
+            "unknown_share": figures["unknown"] / figures["locations"],
             "gate": gate,
             "rejection_loss": rejection.detach().mean(),
         }
-        return Out(per_sample.mean(), logits, features, per_sample.detach(), scalars)
+        return Out(per_sample.mean(), logits, features, per_sample.detach(), scalars, figures)
 
     def per_sample(self, logits: Tensor, features: Tensor, labels: Tensor, model: Model) -> Tensor:
         """Refuse: the two means couple the images of a batch."""
@@ -181,15 +179,20 @@ class SsodMethod:
         """Return True: every step shows the bank something."""
         return True
 
-    def after_backward(self, batch: Batch, out: Out, model: Model, alive: Tensor) -> None:
-        """Let the gate see the step, with the rejection head alone there is none."""
+    def after_backward(
+        self, batch: Batch, views: Views, out: Out, model: Model, alive: Tensor
+    ) -> None:
+        """Learn nothing from a part by itself."""
+
+    def after_step(self, figures: dict[str, Tensor], alive: Tensor) -> None:
+        """Let the gate see the step; with the rejection head alone there is none."""
         options = self.options
         if options.train == "head":
             return
-        assert self.watched is not None
         # A share of the locations is known by its own definition.
         least = (0.0 if options.share else options.gate_known, options.gate_accuracy)
-        self.gate.watch(*self.watched, alive, least=least)
+        known = figures["known"] / figures["locations"]
+        self.gate.watch(known, figures["right"] / figures["images"], alive, least=least)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the gate."""
@@ -199,6 +202,24 @@ class SsodMethod:
         """Take the gate back."""
         for name, state in self.gate.tensors().items():
             state.copy_(tensors[name])
+
+    def _figures(
+        self, batch: Batch, known: Tensor, unknown: Tensor, right: Tensor
+    ) -> dict[str, Tensor]:
+        """Return counts over all processes that train together, 0-d float32."""
+        images = torch.full_like(known[0, 0, 0], len(batch))  # filled there, never copied
+        counts = {
+            "known": known.sum(),
+            "unknown": unknown.sum(),
+            "right": right.sum(),
+            "images": images,
+            "locations": images * known[0].numel(),
+        }
+        if dist.is_available() and dist.is_initialized():
+            sums = torch.stack([count.float() for count in counts.values()]) * (batch.images > 0)
+            dist.all_reduce(sums)
+            counts = dict(zip(counts, sums.unbind(), strict=True))
+        return counts
 
     def _samples(
         self,
@@ -263,15 +284,3 @@ def _cool_and_hot(heat: Tensor) -> tuple[Tensor, Tensor]:
     cool = some & (cells <= rising.gather(1, last))
     hot = some & (cells >= falling.gather(1, last))
     return cool.view_as(heat), hot.view_as(heat)
-
-
-def _over_ranks(sums: Tensor) -> tuple[Tensor, int]:
-    """Return sums over all processes that train together, and their number.
-
-    Their gradients are averaged, so what one of them divides by a sum over all it multiplies by
-    their number.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return sums, 1
-    dist.all_reduce(sums)
-    return sums, dist.get_world_size()

@@ -1,7 +1,6 @@
 """Views of a batch, plain or augmented for training, and draws on the device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,21 +11,11 @@ from backmix.kernels.mix_background import mix_background
 from backmix.pipeline.batch import Batch
 from backmix.pipeline.draws import MixDraws, mix_draws
 from backmix.train.augmentations import cssr, cssr_contrast, randaugment
+from backmix.train.methods.method import DeviceDraws, Views
 from backmix.train.options import Augment
 
 FULL = 65536
 """Side of a box that shows the whole image, in 16.16 fractions."""
-
-
-@dataclass(frozen=True)
-class DeviceDraws:
-    """`MixDraws` as tensors on the batch's device; see there for shapes and dtypes."""
-
-    flip: Tensor
-    shift: Tensor | None
-    donor: Tensor
-    patch: Tensor
-    tie: Tensor
 
 
 def to_device(drawn: MixDraws, device: torch.device) -> DeviceDraws:
@@ -108,8 +97,8 @@ def _shown(
     )
 
 
-def augmented(batch: Batch, augment: Augment, dtype: torch.dtype) -> Tensor:
-    """Return the training views of a method that mixes nothing, [n, 3, H, W] channels-last."""
+def draw_plain(batch: Batch, augment: Augment) -> DeviceDraws:
+    """Return the draws of a method that mixes nothing: flips and shifts, and no patch."""
     height, width = batch.pool.shape[1:3]
     drawn = mix_draws(
         batch.place.seed,
@@ -124,12 +113,16 @@ def augmented(batch: Batch, augment: Augment, dtype: torch.dtype) -> Tensor:
         flip=augment.flip,
         pad=augment.pad,
     )
-    moved = to_device(drawn, batch.pool.device)
+    return to_device(drawn, batch.pool.device)
+
+
+def augmented(batch: Batch, augment: Augment, drawn: DeviceDraws, dtype: torch.dtype) -> Views:
+    """Return the training views of a method that mixes nothing."""
 
     def make(flip: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _shown(batch.pool, batch.rows, augment, flip, shift, dtype)
 
-    return with_pool(make, batch, augment, moved, dtype)
+    return Views(with_pool(make, batch, augment, drawn, dtype), drawn)
 
 
 def with_pool(
