@@ -11,6 +11,7 @@ steps each, A B C A B C, and each round gives one difference. `--tiny` is for te
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -23,25 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from backmix.pipeline.batch import Batch, HostRows, Place
 from backmix.pipeline.options import LoaderOptions
-from backmix.train.loop import take_step
+from backmix.pipeline.subset import Subset
+from backmix.train.bench_step import Training, synthetic, turns
+from backmix.train.bench_step import timed as in_seconds
 from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.method import Method
 from backmix.train.methods.softmax import SoftmaxMethod
 from backmix.train.models.build import Model
 from backmix.train.options import BackMix, Run
+from backmix.train.prepare import first_state, fresh_network
 from backmix.train.recipes import imagenet_rn50
-from backmix.train.run import first_state, fresh_network
-from backmix.train.state import State
 from bench import rows
 
 STAGE = "step_resnet50"
 FORMS = ("softmax", "backmix_mix", "backmix_raw")
-BATCHES = 4
-"""Different batches that the steps go through."""
-RATE = 1e-3
-"""Learning rate: labels are random, and the loss must stay finite."""
 
 
 @dataclass(frozen=True)
@@ -72,38 +69,6 @@ def case_name(setting: Setting) -> str:
     return f"ResNet-50, {setting.images} x {setting.side} px"
 
 
-def synthetic(setting: Setting, device: torch.device) -> list[Batch]:
-    """Return batches of random images, each image cut out of a larger one, labels at random."""
-    made = np.random.default_rng(0)
-    n, side = setting.images, setting.side
-    batches = []
-    for number in range(BATCHES):
-        index = made.choice(setting.samples, n, replace=False)
-        stored = made.integers(side, 2 * side, (n, 2))
-        height_width = (stored * made.uniform(0.5, 1, (n, 2))).astype(int)
-        corner = made.integers(0, stored - height_width + 1)
-
-        def move(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-            return torch.from_numpy(array).to(device, dtype)
-
-        batches.append(
-            Batch(
-                pool=torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, device=device),
-                pool_index=move(index, torch.int64),
-                rows=torch.arange(n, device=device),
-                index=move(index, torch.int64),
-                labels=move(made.integers(0, setting.classes, n), torch.int64),
-                boxes=move(np.concatenate([corner, height_width], 1), torch.int32),
-                sizes=move(stored, torch.int32),
-                status=torch.zeros(n, dtype=torch.uint8, device=device),
-                group=n,
-                place=Place(seed=0, epoch=1, consumed=number * n),
-                host=HostRows(index, np.arange(n)),
-            )
-        )
-    return batches
-
-
 def methods(
     run: Run, setting: Setting, model: Model, device: torch.device, views: torch.dtype
 ) -> dict[str, Method]:
@@ -131,63 +96,40 @@ def methods(
     return dict(zip(FORMS, made, strict=True))
 
 
-@dataclass
-class Training:
-    """One form's training, which goes on where it stopped."""
-
-    state: State
-    run: Run
-    batches: list[Batch]
-    autocast: AbstractContextManager
-
-    def take(self, count: int) -> None:
-        """Take so many steps."""
-        for _ in range(count):
-            batch = self.batches[self.state.step % BATCHES]
-            take_step(self.state, batch, self.run, RATE, self.autocast)
-            self.state.step += 1
-
-    def refuse_void_steps(self) -> None:
-        """Raise ValueError where a step was void: its time would be that of nothing learnt."""
-        void = int(self.state.void_steps)
-        if void:
-            raise ValueError(f"{void} of {self.state.step} steps had a gradient that is not finite")
-
-
 def trainings(
     setting: Setting, device: torch.device, autocast: AbstractContextManager, views: torch.dtype
 ) -> dict[str, Training]:
     """Return the trainings by form. All share one network, whose values cost no time."""
     loader = LoaderOptions(batch=setting.images, size=setting.side)
-    run = replace(imagenet_rn50(), data=(), out=Path(), loader=loader)
+    run = replace(imagenet_rn50(16), data=(), out=Path(), loader=loader, blurpool=False)
     model, optimizer = fresh_network(run, setting.classes, device)
     if setting.compile:
         model.compile()  # in place: `model.head` and the rest stay what they are
-    batches = synthetic(setting, device)
+    numbers = np.arange(setting.samples)
+    labels = np.random.default_rng(1).integers(0, setting.classes, setting.samples)
+    n = setting.images
+    batches = synthetic(Subset(numbers, labels), setting.side, n, n, device)
 
     def training(method: Method) -> Training:
         state = first_state(model, optimizer, method, batches[0].place, device)
-        return Training(state, run, batches, autocast)
+        return Training(state, run, itertools.cycle(batches), autocast)
 
     made = methods(run, setting, model, device, views)
     return {form: training(method) for form, method in made.items()}
 
 
 def timed(
-    forms: dict[str, Training], setting: Setting, clock: rows.Clock, end: float
+    forms: dict[str, Training], setting: Setting, device: torch.device, end: float
 ) -> dict[str, list[float]]:
     """Return by form the ms of a step, one value per round; no new round begins after `end`."""
-    times: dict[str, list[float]] = {form: [] for form in forms}
-    for done in range(setting.rounds):
-        if done >= 2 and time.perf_counter() > end:
-            break
-        for form, training in forms.items():
-            clock.synchronize()
-            start = time.perf_counter()
-            training.take(setting.steps)
-            clock.synchronize()
-            times[form].append(1e3 * (time.perf_counter() - start) / setting.steps)
-    return times
+
+    def turn(training: Training) -> float:
+        _, seconds = in_seconds(partial(training.take, setting.steps), device)
+        return 1e3 * seconds / setting.steps
+
+    return turns(
+        {form: partial(turn, training) for form, training in forms.items()}, setting.rounds, end
+    )
 
 
 def added(times: dict[str, list[float]], form: str) -> dict[str, float]:
@@ -218,7 +160,7 @@ def measure(setting: Setting, device: torch.device, file: rows.Rows, seconds: fl
         peaks[form] = clock.peak_mib(partial(training.take, 1))
     ready = time.perf_counter() - start
 
-    times = timed(forms, setting, clock, start + seconds)
+    times = timed(forms, setting, device, start + seconds)
     for training in forms.values():
         training.refuse_void_steps()
     side = setting.side

@@ -27,6 +27,7 @@ STAGES = (
     "reconstruction",
     "draws",
     "step_resnet50",
+    "osr",
     "loaders",
 )
 """In the order in which they are worth having."""
@@ -38,6 +39,8 @@ def command(stage: str, options: argparse.Namespace) -> list[str]:
     words = ["bench.stage_kernels", stage]
     if stage == "step_resnet50":
         words = ["bench.bench_step"]
+    if stage == "osr":
+        words = ["bench.stage_osr"]
     if stage == "loaders":
         words = ["bench.stage_loaders"]
         words += [word for file in options.data or () for word in ("--data", str(file.resolve()))]

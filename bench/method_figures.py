@@ -38,6 +38,7 @@ from backmix.train.claims import (
 from backmix.train.cli import run as backmix
 from backmix.train.demo import prepare_data
 from backmix.train.demo_data import draw_sets, source_names
+from backmix.train.known import training_subset
 from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.build import build
 from backmix.train.methods.confusing import Confusion
@@ -48,7 +49,6 @@ from backmix.train.options import Arpl, PreviewOptions
 from backmix.train.outputs import load_outputs
 from backmix.train.preview import first_batch, ramp, run_examples
 from backmix.train.recipes import cifar10_softmax, cifar10_strong_softmax
-from backmix.train.run import training_subset
 
 EPOCHS = {"arpl-cs": ["--epochs", "8"]}
 """The generator is far larger than the demo's network: on a CPU four passes must do."""
@@ -540,20 +540,20 @@ def mixed_sampling(runs: Runs) -> str:
         own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
         method.load(own)
         batch = first_batch(data, run.loader, subset, Place(0, 16), 32)
-        views = method.prepare(batch)
-        regions = method._regions(batch, model)
-        assert regions is not None and method.drawn is not None
-        logits, maps = model(views)
+        views = method.prepare(batch, method.draw(batch))
+        regions = views.regions
+        assert regions is not None
+        logits, maps = model(views.images)
         right = logits.argmax(1) == batch.labels
         known, unknown = method.host._samples(maps, batch.labels, right, model, regions)
     mean, std = (torch.tensor(v)[:, None, None] for v in (run.augment.mean, run.augment.std))
-    mixes = (views * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    mixes = (views.images * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     pasted = regions.pasted.mean((1, 2))
     # Few images show every kind of sample: the one with most of both.
     n = int((torch.minimum(known.sum((1, 2)), torch.tensor(4.0)) * (pasted > 0.08)).argmax())
     weights = np.where(unknown[n] > 0, -unknown[n].numpy(), known[n].numpy())
     y = 34
-    patch = method.drawn.patch[n].tolist()
+    patch = views.drawn.patch[n].tolist()
     heat = regions.heat[n].numpy()
     parts = [
         text(84 + k * 186, 22, words, bold=True)

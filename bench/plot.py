@@ -21,9 +21,14 @@ from typing import Any
 
 from backmix.train.table_page import table_page
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # run as a script it finds only what lies beside it
+
+from bench import on_paper  # noqa: E402
+from bench.correlation import page as of_correlation  # noqa: E402
+
 Row = dict[str, Any]
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 """Beside the rows, NAME.table.json is what `backmix table` left of a grid of runs."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -175,6 +180,8 @@ def number(value: float) -> str:
 
 def in_time(ms: float) -> str:
     """Return a time in the unit that suits it."""
+    if ms >= 9999.5:
+        return f"{number(ms / 1e3)} s"
     return f"{number(1e3 * ms)} µs" if ms < 1 else f"{number(ms)} ms"
 
 
@@ -374,6 +381,154 @@ def budget() -> str:
     return _grid(["kernel", "launch", *archs], body) + f"\n{said}\n"
 
 
+# --- ImageNet's size: measured with `synthetic.py`, and on paper ---------------------------------
+
+SCALE = {
+    "write the set": "",
+    "open": "opening the file: {own_mib:,.0f} MiB of tables",
+    "choose classes": "choosing the images of 1,000 classes",
+    "hold out 2 %": "`--val 0.02`",
+    "order": "the order of an epoch",
+    "order, windowed": "the same, `--loader.order windowed`",
+    "plan and draws of a step": "crops, flips, donors, patches of 256 images, one thread: "
+    "{images_per_s:,} images/s",
+    "first batch of the next epoch": "the loader at the border of an epoch; other batches "
+    "{other_batches_ms:,.0f} ms",
+    "process until its first batch": "a fresh process until its first batch (target 10 s)",
+    "command until its first step": "`backmix train` until its first step (target 10 s); "
+    "{cpu_seconds} CPU-seconds",
+    "command until it goes on": "the same command from a checkpoint until its next step",
+    "SIGTERM until the end, checkpoint written": "SIGTERM until the process has ended; "
+    "checkpoint of {bytes:,} bytes",
+    "memory while training": "memory while training: {own_mib:,.0f} MiB (target 4,096)",
+    "memory over the border of an epoch": "memory over the border of an epoch: {own_mib:,.0f} MiB; "
+    "its first step takes {first_step_ms:,.0f} ms, others {other_steps_ms:,.0f} ms",
+    "network, optimizer, bank": "ResNet-50 with data, optimizer and bank made: {own_mib:,.0f} MiB",
+    "bank update of a step": "the bank's update with 256 maps of 2,048 channels; it takes "
+    "{bytes:,} bytes",
+    "checkpoint: copy within memory": "ResNet-50's checkpoint: copy in which a step waits",
+    "checkpoint: write and sync": "its writing, in a thread: {bytes:,} bytes",
+    "checkpoint: read and verify": "its reading, checksums included",
+    "kept for backward": "ResNet-50 keeps {bytes_per_image:,} bytes an image for backward, bf16, "
+    "not compiled",
+    "outputs: spool": "50,000 images' outputs to disk, as they come",
+    "outputs: store": "their file",
+    "outputs: map": "opening that file: {bytes:,} bytes, mapped",
+    "outputs: scores of the known set": "scores of the known set: {own_mib:,.0f} MiB",
+    "outputs: scores of the unknown set": "scores of the unknown set: {own_mib:,.0f} MiB",
+    "outputs: metrics, all scores": "metrics of all scores: {own_mib:,.0f} MiB",
+    "backmix evaluate, the whole command": "`backmix evaluate`, start and metrics included: "
+    "{own_mib:,.0f} MiB; scores of {bytes:,} bytes",
+    "backmix evaluate, its pass": "its pass: {images_per_s:,.0f} images/s, {waiting:.0%} of it "
+    "waiting; it says loader {loader_images_per_s:,.0f}, network {network_images_per_s:,.0f}; "
+    "alone they do {loader_alone_images_per_s:,.0f} and {network_alone_images_per_s:,.0f}",
+}
+"""What the table says of each form, filled in from its row's config; nothing = left out."""
+
+
+def scale_rows(rows: Sequence[Row]) -> dict[str, Row]:
+    """Return the last row of each form of the stage `scale` at ImageNet's size."""
+    size = f"{on_paper.SAMPLES:,} samples"
+    return {
+        row["form"]: row for row in rows if row["stage"] == "scale" and row["case"].startswith(size)
+    }
+
+
+def synthetic(rows: Sequence[Row]) -> str:
+    """Return the table of what was measured at ImageNet's size."""
+    measured = scale_rows(rows)
+    if not measured:
+        return f"{NOT_MEASURED}\n"
+    body = [
+        [text.format(**measured[form]["config"]), in_time(row["ms_p50"]) if row["ms_p50"] else ""]
+        for form, text in SCALE.items()
+        if text and (row := measured.get(form))
+    ]
+    loads = [
+        float(row["note"].rsplit("load average ", 1)[1].split()[0]) for row in measured.values()
+    ]
+    said = f"{origin(list(measured.values()))}; load average {min(loads)} to {max(loads)}, "
+    said += next(iter(measured.values()))["note"].rsplit(" on ", 1)[1] + "."
+    return _grid(["what", "median"], body) + f"\n{said}\n"
+
+
+def scale(rows: Sequence[Row]) -> str:
+    """Return the table of what many GPUs exchange, on paper."""
+    lines = []
+    for network in (on_paper.RESNET18, on_paper.RESNET50):
+        for gpus in on_paper.GPUS:
+            each = on_paper.gradients(network, gpus), on_paper.statistics(network, gpus)
+            steps, bank = on_paper.steps(gpus), on_paper.rows(network, gpus)
+            lines.append(
+                [
+                    network.name,
+                    f"{gpus}",
+                    f"{gpus * on_paper.PER_GPU:,}",
+                    f"{steps:,}",
+                    in_bytes(each[0]),
+                    in_bytes(each[1]),
+                    in_time(1e3 * sum(each) / on_paper.LINK),
+                    in_bytes(bank),
+                    in_time(1e3 * bank / on_paper.LINK),
+                    in_bytes(steps * sum(each) + bank),
+                ]
+            )
+    head = ["network", "GPUs", "images a step", "steps an epoch", "gradients a step"]
+    head += ["statistics a step", "time of both", "bank an epoch", "its time", "all an epoch"]
+    return _grid(head, lines)
+
+
+def scale_node(rows: Sequence[Row]) -> str:
+    """Return the table of what many GPUs open and write, on paper and from measured rows."""
+    measured = scale_rows(rows)
+    write = measured.get("checkpoint: write and sync")
+    training = measured.get("memory while training")
+    first = measured.get("command until its first step")
+    rate = write["config"]["bytes"] / write["ms_p50"] if write else 0.0  # bytes a millisecond
+    lines = []
+    for gpus in on_paper.GPUS:
+        size = on_paper.checkpoint(on_paper.RESNET50, gpus, running_mean=True)
+        files = training and training["config"]
+        mapped = files and on_paper.PER_NODE * files["mapped_sets"]
+        lines.append(
+            [
+                f"{gpus}",
+                f"{gpus // on_paper.PER_NODE}",
+                f"{mapped}, and {files['open_files']} of the run on the first node"
+                if files
+                else NOT_MEASURED,
+                in_bytes(on_paper.RESNET50.weights),
+                in_time(first["ms_p50"]) if first else NOT_MEASURED,
+                in_bytes(size),
+                in_time(size / rate) if rate else NOT_MEASURED,
+            ]
+        )
+    head = ["GPUs", "nodes", "files open on a node", "weights sent once", "first step of a process"]
+    head += ["checkpoint", "its writing"]
+    return _grid(head, lines)
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """Return the table of a GPU's memory in a step of ResNet-50, on paper."""
+    kept = scale_rows(rows).get("kept for backward")
+    if kept is None:
+        return f"{NOT_MEASURED}\n"
+    batches = (256, 512, 1024)
+    found = [
+        on_paper.memory(on_paper.RESNET50, kept["config"]["bytes_per_image"], images)
+        for images in batches
+    ]
+    lines = [[what, *(in_bytes(each[what]) for each in found)] for what in found[0]]
+    lines.append(["sum", *(in_bytes(sum(each.values())) for each in found)])
+    return _grid(["what", *(f"{images:,} images" for images in batches)], lines)
+
+
+def correlation() -> str:
+    """Return the table of how methods fare as background and class go together."""
+    stored = RESULTS / "correlation.json"
+    return of_correlation(json.loads(stored.read_text())) + "\n" if stored.exists() else ""
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "speed": speed,
     "mix_background": lambda rows: _every_form(rows, "mix_background"),
@@ -383,6 +538,11 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "step": step,
     "cpu": cpu,
     "budget": lambda rows: budget(),
+    "synthetic": synthetic,
+    "scale": scale,
+    "scale_node": scale_node,
+    "memory": memory,
+    "correlation": lambda rows: correlation(),
 }
 """What a page may ask for by name."""
 

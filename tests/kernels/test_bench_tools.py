@@ -50,6 +50,25 @@ def test_the_step_bench_writes_a_row_for_each_method(tmp_path: Path) -> None:
     assert (tmp_path / "step_resnet50.jsonl").read_text().splitlines() == lines
 
 
+@pytest.mark.slow
+def test_the_bench_of_small_runs_writes_a_row_for_each_form(tmp_path: Path) -> None:
+    asked = ["-m", "bench.stage_osr", "--out", str(tmp_path), "--tiny"]
+    done = python(*asked, path="src:.")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "osr.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    methods = ["softmax", "cutout", "backmix", "ssod", "arpl"]
+    asked_for = [
+        (f"classifier32-quarter, {m}", form) for m in methods for form in ("loop", "graph")
+    ]
+    asked_for += [("classifier32-quarter, softmax", "graph x 2")]
+    assert [(row["case"], row["form"]) for row in rows] == asked_for
+    for row in rows:
+        assert tuple(row) == KEYS and row["checked"]
+        assert row["config"]["seconds_per_100_epochs"] == pytest.approx(46.9 * row["ms_p50"])
+    assert "done already" in python(*asked, "--skip-done", path="src:.").stdout
+
+
 def test_without_a_gpu_the_step_bench_says_so(tmp_path: Path) -> None:
     import torch
 
