@@ -16,7 +16,7 @@ bench: .venv/.ready
 	$(BIN)/python bench/cpu.py
 
 soak: .venv/.ready
-	HYPOTHESIS_PROFILE=soak $(BIN)/pytest -n 2 --dist loadfile --timeout 7200
+	BACKMIX_SOAK_KILLS=$${BACKMIX_SOAK_KILLS:-1000} HYPOTHESIS_PROFILE=soak $(BIN)/pytest -n 2 --dist loadfile --timeout 7200
 
 .venv/.ready: pyproject.toml .ci/setup
 	sh .ci/setup
