@@ -149,7 +149,10 @@ def page(document: dict[str, Any]) -> str:
             if f["row"] == row and f["correlation"] == correlation and figure in f
         }
 
-    head = ["method", *(f"{c:g}" for c in correlations), *(f"hit {c:g}" for c in correlations)]
+    pairs = {c: len(of("softmax", c, "auroc")) for c in correlations}
+    uneven = len(set(pairs.values())) > 1
+    named = [f"{c:g}" + f" ({pairs[c]} seeds)".replace("1 seeds", "1 seed") * uneven for c in pairs]
+    head = ["method", *named, *(f"hit {c:g}" for c in correlations)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [str(row)]

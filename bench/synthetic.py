@@ -281,7 +281,7 @@ def reading(size: Size, data: Path, folder: Path, publish: Publish) -> None:
             index,
             rows=np.arange(len(index)),
             pool_rows=len(index),
-            group=plan.group,
+            group=plan.options.mix_group,
             size=(size.view, size.view),
             patch=size.view // 2,
         )
@@ -603,7 +603,7 @@ def evaluate(size: Size, data: Path, folder: Path, publish: Publish) -> None:
     began = time.perf_counter()
     process = started(
         *("-m", "backmix", "evaluate", run, "--test", test, "--unknown", f"again={small}"),
-        *("--device", "cpu", "--batch", size.batch, "--threads", 1),
+        *("--device", "cpu", "--batch", size.batch, "--threads", 1, "--model", SMALL_NET),
     )
     with watched(process.pid) as most:
         ended(process, 0)
@@ -647,7 +647,7 @@ def network_alone(run: Path, size: Size) -> float:
     from backmix.train.trained import load_model
 
     torch.set_num_threads(1)
-    model = load_model(run)
+    model = load_model(run, SMALL_NET)
     views = torch.zeros(size.batch, 3, size.view, size.view)
     views = views.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():

@@ -278,8 +278,8 @@ class _Graph:
         """Whether a call did not return: nobody knows which batches it still has."""
         self.failures = 0
         """Batches that failed since the last good one."""
-        groups = -(-plan.options.batch // (plan.group if plan.training else 1))
-        share = -(-groups // plan.world) * (plan.group if plan.training else 1)
+        groups = -(-plan.options.batch // (plan.options.mix_group if plan.training else 1))
+        share = -(-groups // plan.world) * (plan.options.mix_group if plan.training else 1)
         batch = min(share, plan.options.batch)
         try:
             self._pipeline: Any = _pipeline(plan, device, mode, batch, depth)

@@ -231,12 +231,13 @@ def _check(options: LoaderOptions, split: str, seed: int, rank: int, world: int)
     require(
         0 <= options.grow_from <= options.size,
         f"--loader.grow-from must be 0 to {options.size} pixels (--loader.size), "
-        f"got {options.grow_from}",
+        f"got {options.grow_from}; with 0, and --loader.grow 0 0, views do not grow",
     )
     require(
         0 <= first <= last and (last > 0) == (options.grow_from > 0),
         "growing views need --loader.grow-from PIXELS and --loader.grow FIRST LAST, with epochs "
-        f"0 <= FIRST <= LAST, LAST at least 1; got {options.grow_from} and {first} {last}",
+        f"0 <= FIRST <= LAST, LAST at least 1, or 0 and 0 0 for views of one size; "
+        f"got {options.grow_from} and {first} {last}",
     )
     require(
         0 < low <= high <= 1, f"--loader.scale must be two shares 0 < a <= b <= 1, got {low} {high}"
@@ -274,7 +275,7 @@ def _check(options: LoaderOptions, split: str, seed: int, rank: int, world: int)
     require(options.group >= 0, f"--loader.group must be 0 or more, got {options.group}")
     require(0 <= seed < 1 << 64, f"the seed must be in 0 .. 2^64 - 1, got {seed}")
     require(0 <= rank < world, f"the rank must be in 0 .. {world - 1}, got {rank}")
-    group = options.group or min(64, options.batch)
+    group = options.mix_group
     if split == "train" and options.batch % group:
         fitting = max(g for g in range(1, 65) if options.batch % g == 0)
         raise ValueError(

@@ -60,8 +60,8 @@ class LoaderOptions:
     size: int = 32
     """Side of the square view [pixels]."""
     grow_from: int = 0
-    """Training begins with views of this side and ends with --loader.size; 0 = always that
-    [pixels]."""
+    """Training begins with views of this side and ends with --loader.size; 0, with
+    --loader.grow 0 0 = always that [pixels]."""
     grow: tuple[int, int] = (0, 0)
     """Finished epochs at which the views begin to grow, and from which on they have the full size;
     in between linearly, in multiples of 32 pixels."""
@@ -105,6 +105,11 @@ class LoaderOptions:
     """Share of an epoch that may be replaced before the run stops."""
     verify: bool = True
     """Whether every sample's checksum is checked when it is read."""
+
+    @property
+    def mix_group(self) -> int:
+        """Images per mix group."""
+        return self.group or min(64, self.batch)
 
 
 GROWTH_STEP = 32

@@ -42,11 +42,6 @@ class Plan:
     rank: int = 0
     world: int = 1
 
-    @property
-    def group(self) -> int:
-        """Images per mix group."""
-        return self.options.group or min(64, self.options.batch)
-
     def parts(self, place: "Place", sequence: np.ndarray | None = None) -> Iterator[Part]:
         """Yield this rank's part of every step from `place` to the end of the epoch.
 
@@ -66,7 +61,7 @@ class Plan:
                 "samples: it belongs to other data"
             )
         sequence = self.sequence(place) if sequence is None else sequence
-        group = self.group if self.training else 1
+        group = self.options.mix_group if self.training else 1
         start = place.consumed
         while start < n:
             end = min(start // batch * batch + batch, n)

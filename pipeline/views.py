@@ -161,7 +161,7 @@ def as_batch(plan: Plan, views: Views, device: torch.device) -> Batch:
         boxes=to_device(views.boxes[kept], device),
         sizes=to_device(views.sizes[kept], device),
         status=to_device(views.status[kept], device),
-        group=plan.group,
+        group=plan.options.mix_group,
         place=views.part.place,
         host=HostRows(views.index[kept], np.arange(len(kept))),
     )

@@ -145,6 +145,25 @@ def returns_a_tuple(classes: int) -> nn.Module:
     return _Tuple(classes)
 
 
+class _TupleInTraining(Tailed):
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return (logits, None) if self.training else logits
+
+
+def returns_a_tuple_in_training(classes: int) -> nn.Module:
+    return _TupleInTraining(classes)
+
+
+class _Typo(Tailed):
+    def pool(self, features: Tensor) -> Tensor:
+        return {"mean": features.mean((2, 3))}["maen"]
+
+
+def has_a_typo(classes: int) -> nn.Module:
+    return _Typo(classes)
+
+
 def swin(classes: int) -> nn.Module:
     """timm's Swin transformer, small: maps are NHWC."""
     from timm.models.swin_transformer import SwinTransformer
@@ -175,6 +194,10 @@ def not_a_network(classes: int) -> int:
 
 def broken(classes: int) -> nn.Module:
     raise KeyError(f"no weights for {classes} classes")
+
+
+def leaves(classes: int) -> nn.Module:
+    raise SystemExit(f"usage: nets.py {classes}")
 
 
 def wants_two(classes: int, width: int) -> nn.Module:

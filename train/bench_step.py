@@ -179,7 +179,7 @@ class Bench:
         # The last epoch's views are the largest, and everything that begins later has begun.
         self.place = Place(run.seed, run.epochs - 1)
         self.side = size_at(run.loader, self.place.epoch)
-        group = run.loader.group or min(64, run.loader.batch)
+        group = run.loader.mix_group
         made = synthetic(
             loader.subset, self.side, run.loader.batch, group, self.device, self.place.epoch
         )

@@ -69,6 +69,16 @@ def check(run: Run) -> None:
         _check_cssr(host, run)
 
 
+def check_device(run: Run, device: str) -> None:
+    """Refuse what the device (cpu or cuda) cannot do.
+
+    Raises:
+        ValueError: saying what.
+    """
+    if run.sync_batchnorm and device != "cuda":
+        raise ValueError("--sync-batchnorm needs GPUs: torch has it for them alone")
+
+
 def check_graph(run: Run, loader: str, processes: int) -> None:
     """Refuse --graph where a step depends on more than what lies on the device before it.
 
@@ -124,7 +134,7 @@ def check_parts(run: Run, loader: str, processes: int) -> None:
                 f"images of it ({images}): at most {images}"
             )
         return
-    group = run.loader.group or min(64, run.loader.batch)
+    group = run.loader.mix_group
     groups = run.loader.batch // group // processes
     if run.accumulate > groups:
         raise ValueError(

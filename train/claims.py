@@ -123,9 +123,9 @@ class Embedding:
     known image; empty without surrogates."""
 
 
-def open_network(run: Path) -> Network:
-    """Open a finished run; ValueError says what is missing."""
-    return Network(read_run(run), load_model(run))
+def open_network(run: Path, program: str = "") -> Network:
+    """Open a finished run, `program` as in `load_model`; ValueError says what is missing."""
+    return Network(read_run(run), load_model(run, program))
 
 
 def look(network: Network, images: BetonImages) -> Seen:

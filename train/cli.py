@@ -72,7 +72,7 @@ class BenchStep:
 
 @dataclass(frozen=True)
 class Status:
-    """Say how a run stands: exit code 0 finished, 75 go on, 1 failed, 3 running."""
+    """Say how a run stands: exit code 0 finished, 75 go on, 1 failed, 3 running, 2 none there."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
@@ -108,6 +108,8 @@ class Report:
     """Run folders; those of one method are averaged over splits and seeds."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page to write."""
+    model: str = ""
+    """The --model of runs of MODULE:CALLABLE once more: their pictures import that program."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,8 @@ def _status(arguments: Sequence[str]) -> int:
     asked = _ask(Status, "status", arguments)
     from backmix.train.log import read_status, status_line
 
+    if not (asked.run / "status.json").exists():
+        return _usage(f"{asked.run} has no status.json: there is no run, or it has just begun")
     status = read_status(asked.run)
     print(status_line(status))
     return {"finished": 0, "stopped": 75, "failed": 1, "running": 3}[status["state"]]
@@ -275,7 +279,7 @@ def _report(arguments: Sequence[str]) -> int:
         return _usage("backmix report needs a run folder")
     from backmix.train.report import write_report
 
-    print(write_report(asked.runs, asked.out))
+    print(write_report(asked.runs, asked.out, asked.model))
     print(f"wrote {asked.out}")
     return DONE
 

@@ -23,7 +23,7 @@ from backmix.pipeline.loader import choose, open_loader
 from backmix.pipeline.options import size_at
 from backmix.pipeline.subset import Subset
 from backmix.train.bench_step import synthetic
-from backmix.train.check import check
+from backmix.train.check import check, check_device, check_graph, check_parts
 from backmix.train.checkpoint import free_bytes, is_locked
 from backmix.train.known import known_classes, refuse_unfit_init, training_subset
 from backmix.train.methods.backmix import BackMixMethod
@@ -41,7 +41,10 @@ from backmix.train.run_folder import (
     resolve,
 )
 from backmix.train.state import State
+from backmix.train.world import World, refuse_too_many
 
+UNDECIDED = "fastest: timed at the start"
+"""What is said of the loader where the start is to find it out."""
 _SMALL = 4
 """Images of the batch whose activations are counted; half as many are subtracted."""
 
@@ -71,7 +74,13 @@ def lines(run: Run, recipe: str, command: list[str]) -> list[str]:
         known = known_classes(run, data.classes)
         refuse_unfit_init(run, [data.classes[number] for number in known], data)
         subset = training_subset(run, data.labels, known, data.classes)
+        check_device(run, resolved.device)
         kind = _loader(run, resolved, data, subset)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        refuse_too_many(World(size=processes), run.loader.batch, run.loader.mix_group)
+        if kind != UNDECIDED:
+            check_parts(run, kind, processes)
+            check_graph(run, kind, processes)
         resolved = replace(resolved, loader=kind)
         config = Config.of(run, recipe, command, resolved, data, known, len(subset))
         refuse_other_data(run, config)
@@ -79,10 +88,10 @@ def lines(run: Run, recipe: str, command: list[str]) -> list[str]:
         state = fresh_state(
             run, data, subset, len(known), torch.device("cpu"), view_dtype(resolved)
         )
-    said_of_maps = []
+    said_of_weights = []
     if not newest_step(run.out):
-        begin(state, run)
-        said_of_maps = judge_maps(run, fitness(run, state, subset))
+        said_of_weights = begin(state, run).said
+        said_of_weights += judge_maps(run, fitness(run, state, subset))
     document = json.dumps(asdict(config), indent=1, sort_keys=True)
     return [
         document,
@@ -90,7 +99,7 @@ def lines(run: Run, recipe: str, command: list[str]) -> list[str]:
         *said,
         "",
         *about_network(run, state),
-        *said_of_maps,
+        *said_of_weights,
         "",
         *about_memory(run, resolved, state, subset),
         "",
@@ -126,7 +135,7 @@ def _loader(run: Run, resolved: Resolved, data: BetonSet, subset: Subset) -> str
     options = run.loader
     if options.loader == "fastest":
         if not resolved.loader:
-            return "fastest: timed at the start"
+            return UNDECIDED
         options = replace(options, loader=resolved.loader)  # type: ignore[arg-type]
     kind = choose(data, options, subset, device=resolved.device)
     if kind != "resident":  # which would decode everything
@@ -277,7 +286,7 @@ def about_memory(run: Run, resolved: Resolved, state: State, subset: Subset) -> 
 def optimizer_bytes(run: Run, state: State) -> int:
     """Return the bytes of the optimizer's state once every parameter has been updated."""
     trained = sum(p.nbytes for p in state.model.parameters() if p.requires_grad)
-    slots = 2 if run.optim.kind == "adam" else int(run.optim.momentum > 0)
+    slots = int(run.optim.momentum > 0) if run.optim.kind == "sgd" else 2
     return slots * trained
 
 

@@ -97,7 +97,7 @@ def _evaluate(
     if world.size > 1:
         options = replace(options, threads=options.threads or cores(world))
     with locked(run) if world.first else nullcontext():
-        model = load_model(run).to(device)
+        model = load_model(run, options.model).to(device)
         trained_at, trained = trained.loader.size, _seen_at(trained, options.size)
         if trained.loader.size != trained_at:
             _try_size(model, trained.loader.size, device)
@@ -317,8 +317,8 @@ def closed_gate(trained: Trained) -> list[str]:
         return []
     try:
         last = (trained.run / "log.jsonl").read_text().splitlines()[-1]
-        gate = json.loads(last).get("gate", 1.0)
-    except (OSError, ValueError, IndexError):
+        gate = float(json.loads(last).get("gate", 1.0))
+    except (OSError, ValueError, IndexError, TypeError, AttributeError):
         return []
     if gate > 0:
         return []

@@ -56,7 +56,7 @@ def refuse_unfit_init(run: Run, known: list[str], data: BetonSet) -> None:
         was, here = ("was", "is not") if before.options.blurpool else ("was not", "is")
         raise ValueError(
             f"--init {run.init} {was} trained with --blurpool, this run {here}: its weights belong "
-            "to what they were trained with"
+            f"to what they were trained with; add --{'' if was == 'was' else 'no-'}blurpool"
         )
     host = host_of(run.method)
     if isinstance(host, Ssod) and host.train == "head" and list(before.classes) != known:

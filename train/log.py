@@ -80,7 +80,7 @@ def read_status(run: Path) -> dict[str, Any]:
         state, step, why = document["state"], document["step"], document["why"]
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{run} is no run folder: it has no status.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{run}/status.json cannot be read: {error!r}") from error
     if state not in STATES or type(step) is not int or type(why) is not str:
         raise ValueError(f"{run}/status.json holds no status of a run: {document}")

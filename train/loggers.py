@@ -116,7 +116,7 @@ LOGGERS: dict[str, Callable[[Start], Opened]] = {
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
     """Return the name that a run has in another program, the same after every resume."""
-    if not path.exists():
+    if not path.exists() or not path.read_text().strip():  # killed while it was written
         path.write_text(make() + "\n")
     return path.read_text().strip()
 

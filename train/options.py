@@ -351,6 +351,8 @@ class EvaluateOptions:
     """--fit: the training set, where it no longer lies where the run read it."""
     odin: bool = False
     """Compute ODIN, too, which takes a backward pass and a second forward pass of every image."""
+    model: str = ""
+    """The --model of a run of MODULE:CALLABLE once more: evaluating imports that program."""
     batch: int = 256
     """Images per forward pass."""
     size: int = 0

@@ -13,7 +13,7 @@ from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.loader import Loader, choose, open_loader
 from backmix.pipeline.subset import Subset
 from backmix.train.arithmetic import set_arithmetic
-from backmix.train.check import check_graph, check_parts
+from backmix.train.check import check_device, check_graph, check_parts
 from backmix.train.ema import Ema
 from backmix.train.exchange import Exchange
 from backmix.train.known import known_classes, refuse_unfit_init, training_subset
@@ -62,8 +62,7 @@ def prepare_run(
     world = world or World()
     resolved = Resolved(**world.of_first(asdict(resolve(run, cores(world))) if world.first else {}))
     device = device_of(resolved, world)
-    if run.sync_batchnorm and device.type != "cuda":
-        raise ValueError("--sync-batchnorm needs GPUs: torch has it for them alone")
+    check_device(run, device.type)
     torch.set_num_threads(resolved.threads)
     set_arithmetic(run, device)
     with open_set(run.data) as data:
@@ -76,7 +75,7 @@ def prepare_run(
         chosen = ""
         if world.first:
             chosen = choose(data, loader_options, subset, device=device, say=say)
-            group = run.loader.group or min(64, run.loader.batch)
+            group = run.loader.mix_group
             uneven = refuse_too_many(world, run.loader.batch, group)
             if uneven:
                 say(uneven)
@@ -196,9 +195,9 @@ class Beginning:
 
 def begin(state: State, run: Run) -> Beginning:
     """Take the weights of --init or --pretrained into the state of a fresh run."""
-    before = [parameter.detach().clone() for parameter in state.model.head.parameters()]
+    before = [weights.detach().clone() for weights in _head_weights(state.model)]
     said = first_weights(run, state.model)
-    after = list(state.model.head.parameters())
+    after = _head_weights(state.model)
     if said:
         state.keep_buffers()
         if state.ema is not None:
@@ -208,16 +207,22 @@ def begin(state: State, run: Run) -> Beginning:
     return Beginning(said, any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
 
 
+def _head_weights(model: Model) -> list[torch.Tensor]:
+    """Return what a class head has learned; one that is a view of a convolution owns nothing."""
+    head = model.head
+    return [head.weight] if isinstance(head, nn.Linear) else list(head.parameters())
+
+
 def fill_bank(state: State, run: Run, loader: Loader) -> bool:
     """Let BackMix know from the first step on what a trained network knows of its images.
 
     Each process looks at its share of them, whole images all. Returns whether there is a bank that
     learns.
     """
-    method, exchange = state.method, state.exchange
+    method, world = state.method, state.world
     if not (isinstance(method, BackMixMethod) and method.learns):
         return False
-    world = World() if exchange is not None and exchange.most else state.world
+    exchange = Exchange(world, method.bank) if world.size > 1 else None
     whole = replace(run.loader, loader="turbo", crop="whole", grow_from=0, grow=(0, 0))
     with open_loader(
         run.data,
@@ -228,9 +233,9 @@ def fill_bank(state: State, run: Run, loader: Loader) -> bool:
         rank=world.rank,
         world=world.size,
     ) as images:
-        method.exchange = None if exchange is not None and exchange.most else exchange
-        method.fill_bank(images.batches(Place(run.seed)), state.model)
         method.exchange = exchange
+        method.fill_bank(images.batches(Place(run.seed)), state.model)
+        method.exchange = state.exchange
     if exchange is not None:
         exchange.settle()
     return True
@@ -261,10 +266,14 @@ def train_with_others(state: State, run: Run, loader: Loader) -> None:
     # The BatchNorms of generated images rest in every second epoch.
     confusing = isinstance(host, Arpl) and host.confusing
     side = run.loader.grow_from or run.loader.size
-    together = spread(forward, unused=confusing or has_idle_parameters(state.model, side))
+    idle = confusing or has_idle_parameters(state.model, side)
+    # Otherwise messages are laid out anew after the first step of a process, and of three or more
+    # the sums depend on the layout: a run that goes on would part from one that did not stop.
+    steady = state.void_steps.device.type == "cpu" and world.size > 2
+    together = spread(forward, unused=idle or steady)
     state.forward, state.no_sync = together, together.no_sync
     if isinstance(state.method, BackMixMethod) and state.method.learns:
-        group = run.loader.group or min(64, run.loader.batch)
+        group = run.loader.mix_group
         most = -(-(run.loader.batch // group) // world.size) * group
         state.exchange = Exchange(world, state.method.bank, most if loader.resident else 0)
         state.method.exchange = state.exchange

@@ -430,7 +430,7 @@ def parse_run(recipe: str, options: Sequence[str]) -> Run:
     )
     if recipe.startswith("imagenet-finetune-") and run.init is None and not run.pretrained:
         raise ValueError(
-            f"{recipe} begins with weights that are there: add --init FILE.safetensors or --init "
+            f"{recipe} begins with weights that are there: add --init FILE or --init "
             "RUN, or --model timm/NAME (or torchvision/NAME) with --pretrained"
         )
     return run

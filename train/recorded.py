@@ -71,6 +71,23 @@ def own_stream(device: torch.device) -> Iterator[None]:
     before.wait_stream(own)
 
 
+@contextmanager
+def to_be_recorded(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let the step of an optimizer be recorded inside.
+
+    Adam's refuses unless its groups say `capturable`, which they must not elsewhere: it warns. To
+    its fused form, whose state is on the device anyway, the word means nothing further.
+    """
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
+
+
 def recorded_steps(
     state: State, loader: Loader, run: Run, autocast: AbstractContextManager
 ) -> Iterator[Step]:
@@ -162,8 +179,11 @@ class _Program:
         if self.replay is None and self.taken == WARM_UP and self.lanes.is_cuda:
             graph = torch.cuda.CUDAGraph()
             # Other threads, such as those that pin memory, may go on meanwhile.
-            with torch.cuda.graph(
-                graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            with (
+                to_be_recorded(self.state.optimizer),
+                torch.cuda.graph(
+                    graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+                ),
             ):
                 self._step()
             self.replay = graph.replay

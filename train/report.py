@@ -104,12 +104,13 @@ class Claims:
     """What cannot be shown, and why."""
 
 
-def write_report(runs: Sequence[Path], out: Path) -> str:
+def write_report(runs: Sequence[Path], out: Path, program: str = "") -> str:
     """Write the page about finished and evaluated runs; returns its tables as Markdown.
 
     Args:
         runs: run folders; those that differ only in seed, class list or data are averaged.
         out: the HTML file; replaced if it exists.
+        program: as in `trained.load_model`; without it what needs such a network is left out.
 
     Raises:
         ValueError: a folder holds no run, an unfinished or unevaluated one, or damaged files; the
@@ -145,7 +146,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         markdown=markdown(results),
         charts=_charts(groups, results),
         pictures=_pictures(groups),
-        claims=_claims(groups),
+        claims=_claims(groups, program),
         run_rows=_run_rows(groups),
         health=_health(groups),
         numbers=_embedded(_numbers(groups)),
@@ -497,14 +498,14 @@ def _data_uri(picture: bytes, kind: str) -> str:
 # --- claims -------------------------------------------------------------------------------------
 
 
-def _claims(groups: Sequence[Group]) -> Claims:
+def _claims(groups: Sequence[Group], program: str) -> Claims:
     """Look at the first run of every configuration; what has gone leaves a sentence."""
     locations, embeddings, missing = [], [], []
     measured: list[tuple[Group, str, Evidence, Evidence]] = []
     for group in groups[:_MOST_PICTURES]:
         run = group.runs[0]
         try:
-            network = open_network(run.folder)
+            network = open_network(run.folder, program)
         except (ValueError, OSError) as error:
             missing.append(f"{group.label}: {error}")
             continue

@@ -71,8 +71,8 @@ def train(run: Run, recipe: str, command: list[str]) -> int:
 
         return dry_run(run, recipe, command)
 
-    def last_words(why: str) -> None:
-        write_status(run.out, "failed", newest_step(run.out), why)
+    def last_words(why: str, lost: bool) -> None:
+        write_status(run.out, "stopped" if lost else "failed", newest_step(run.out), why)
 
     kind = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
     with joined(kind, last_words) as world, StopAsked() as stop:
@@ -94,6 +94,8 @@ def _train_first(run: Run, recipe: str, command: list[str], world: World, stop: 
             return _train_together(run, recipe, command, world, stop, Progress(run.quiet))
         except KeyboardInterrupt:
             write_status(run.out, "stopped", newest_step(run.out), "interrupted")
+            if world.size > 1:  # the others are in the midst of a step, and must be told
+                raise
             return EXIT_STOPPED if newest_step(run.out) else EXIT_INTERRUPTED
         except OtherRunError:
             raise

@@ -187,7 +187,7 @@ def read_config(run: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{run} is no run folder: it has no config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     kinds = {"run": dict, "data": dict, "resolved": dict, "classes": list, "known": list}
     wrong = [
@@ -278,6 +278,9 @@ def _differences(
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
+            if old.get("type") != new.get("type"):  # of methods; the rest follows from it
+                found.append((f"{prefix}{name}", old.get("type"), new.get("type")))
+                continue
             found += _differences(old, new, f"{prefix}{name}.")
         elif old != new:
             found.append((f"{prefix}{name}", old, new))

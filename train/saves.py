@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from backmix.train.checkpoint import HostCopies, save_checkpoint
+from backmix.train.checkpoint import HostCopies, newest_step, save_checkpoint
 from backmix.train.log import Log, Progress
 from backmix.train.models.weights import classes_of, write_weights
 from backmix.train.options import Run
@@ -139,7 +139,9 @@ class Saves:
         self.failed = self.failed + 1 if isinstance(error, OSError) else MOST_FAILED_SAVES
         self.error = error
         if progress is not None and self.failed < MOST_FAILED_SAVES:
-            progress.show(f"{error}; the checkpoint before is intact, going on", final=True)
+            before = newest_step(self.run.out)
+            there = f"the checkpoint of step {before} is intact" if before else "there is none yet"
+            progress.show(f"{error}; {there}, going on", final=True)
 
 
 def write_model(run: Run, state: State) -> None:

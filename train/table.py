@@ -207,6 +207,10 @@ def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
             evaluate += ["--size", str(options.size)]
         if options.flip:
             evaluate += ["--flip"]
+        given = ["--data", *map(str, options.data), "--out", str(run), *cell.options]
+        model = parse_run(cell.recipe, given).model
+        if ":" in model:
+            evaluate += ["--model", model]
         commands.append(evaluate)
     return Job(cell.name, commands, runs / f"{cell.name}.log") if commands else None
 

@@ -66,9 +66,23 @@ def read_run(run: Path) -> Trained:
         raise ValueError(f"{run}/config.json is no configuration of a run: {error!r}") from error
 
 
-def load_model(run: Path) -> Model:
-    """Return a run's network with its final weights, in evaluation mode, on the CPU."""
+def load_model(run: Path, program: str = "") -> Model:
+    """Return a run's network with its final weights, in evaluation mode, on the CPU.
+
+    Args:
+        run: run folder.
+        program: of a run of --model MODULE:CALLABLE the same once more. Without it such a run is
+            refused: what code is imported here is not for a stranger's config.json to say.
+
+    Raises:
+        ValueError: saying what is missing or damaged.
+    """
     trained = read_run(run)
+    if ":" in trained.options.model and trained.options.model != program:
+        raise ValueError(
+            f"{run} is of --model {trained.options.model}, a program that would be imported and "
+            f"called: if you trust it, add --model {trained.options.model}"
+        )
     path = run / "model.safetensors"
     if not path.exists():
         raise ValueError(

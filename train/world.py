@@ -297,7 +297,9 @@ def under_torchrun() -> bool:
 
 
 @contextmanager
-def joined(kind: str, last_words: Callable[[str], None] = lambda why: None) -> Iterator[World]:
+def joined(
+    kind: str, last_words: Callable[[str, bool], None] = lambda why, lost: None
+) -> Iterator[World]:
     """Join the processes that the environment speaks of; a world of one where it names none.
 
     Leaving it waits for all, so that nobody misses anybody's connections. With an exception nobody
@@ -305,8 +307,8 @@ def joined(kind: str, last_words: Callable[[str], None] = lambda why: None) -> I
 
     Args:
         kind: cpu or cuda.
-        last_words: called with why another process failed, where this one cannot be brought to end
-            by itself and is ended.
+        last_words: called with why another process failed, and whether that only missed a lost one,
+            where this one cannot be brought to end by itself and is ended.
 
     Raises:
         ValueError: the environment makes no sense, or the others cannot be reached.
@@ -339,16 +341,16 @@ def joined(kind: str, last_words: Callable[[str], None] = lambda why: None) -> I
                     dist.destroy_process_group()
 
 
-def _watch(world: World, over: threading.Event, last_words: Callable[[str], None]) -> None:
+def _watch(world: World, over: threading.Event, last_words: Callable[[str, bool], None]) -> None:
     """End this process where another one has failed and this one waits for it in vain."""
     while not over.wait(_LOOK):
-        why, _ = world.word()
+        why, lost = world.word()
         if why:
             if over.wait(_PATIENCE):
                 return
             if world.first:
                 with contextlib.suppress(OSError):
-                    last_words(why)
+                    last_words(why, lost)
             os._exit(1)
 
 

@@ -58,7 +58,7 @@ def test_every_recipe_is_a_complete_run(name: str) -> None:
         (["trian"], 2, "did you mean train"),
         ([], 2, ""),
         (["inspect", "/nowhere.beton"], 1, "/nowhere.beton"),
-        (["status", "/nowhere"], 1, "no run folder"),
+        (["status", "/nowhere"], 2, "no status.json"),
         (["report", "/nowhere"], 1, "/nowhere"),
         (["evaluate", "/nowhere"], 1, "/nowhere"),
         (["convert", "folder:/nowhere", "/tmp/never.beton"], 1, "/nowhere"),

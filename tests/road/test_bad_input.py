@@ -115,7 +115,7 @@ def test_a_run_folder_of_another_configuration(tmp_path: Path, refused: Callable
     said = refused(*argv, "--optim.lr", "0.3")
     assert "optim.lr was 0.1, is 0.3" in said
     said = refused("train", "demo-backmix", *argv[2:])
-    assert "method.type was Softmax, is BackMix" in said
+    assert "method was Softmax, is BackMix. Choose" in said
 
 
 def test_evaluating_what_is_not_finished_or_does_not_fit(

@@ -490,6 +490,16 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return runs
 
 
+def test_a_program_that_a_run_names_is_imported_only_on_demand(data: Path, tmp_path: Path) -> None:
+    """Of a stranger's run folder no code is run; nor is another program than the one named."""
+    run = tiny_run(data, tmp_path / "run", Softmax(), epochs=1, model="tests.nets:plain")
+    assert train(run, "test", []) == 0
+    for program in ("", "tests.nets:swin"):
+        with pytest.raises(ValueError, match=r"if you trust it, add --model tests\.nets:plain"):
+            load_model(run.out, program)
+    assert load_model(run.out, "tests.nets:plain").training is False
+
+
 def test_timm_takes_the_weights_of_a_run_as_they_are(finished: dict[str, Run]) -> None:
     import timm
 
@@ -649,6 +659,87 @@ def test_no_file_is_unpickled(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
+def test_a_file_that_holds_itself_or_odd_tensors_is_refused(tmp_path: Path) -> None:
+    model, path = tapped(nets.plain(K), 32), tmp_path / "w.pt"
+    weights = model.net.state_dict()
+    round_and_round: dict[str, object] = {"a": torch.zeros(1)}
+    round_and_round["model"] = round_and_round
+    torch.save(round_and_round, path)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        begin_with(model, path)
+    name = "classifier.weight"
+    for odd in (weights[name].to("meta"), weights[name].to_sparse(), weights[name] * 1j):
+        torch.save({**weights, name: odd}, path)
+        with pytest.raises(ValueError, match=rf"{name} is sparse, quantised, complex or without"):
+            begin_with(model, path)
+
+
+def test_heads_of_another_width_stay_fresh_where_no_single_layer_gives_the_logits(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(nets.two_heads(K + 1).state_dict(), path)
+    model = tapped(nets.two_heads(K), 32)
+    [said] = begin_with(model, path)
+    assert "left fresh: " in said and "other.weight ([6, 16] there, [5, 16] here)" in said
+    weights = nets.two_heads(K).state_dict()
+    torch.save({n: v for n, v in weights.items() if n != "body.0.weight"}, path)
+    with pytest.raises(ValueError, match=r"lacks body\.0\.weight"):
+        begin_with(model, path)
+
+
+def test_a_convolution_that_classifies_counts_as_a_trained_head(data: Path, tmp_path: Path) -> None:
+    """BackMix fills its bank before the first step where a head was trained before."""
+    path = tmp_path / "w.pt"
+    torch.save(any_model("timm/resnetv2_18", 4, 64).net.state_dict(), path)
+    loader = LoaderOptions(batch=16, group=8, threads=1, loader="turbo", size=64)
+    run = tiny_run(data, Path("unused"), model="timm/resnetv2_18", init=path, loader=loader)
+    for given, trained in ((run, True), (replace(run, init=None), False)):
+        _, state, reader = prepare_run(given, "test", [])
+        with reader:
+            assert begin(state, given).head is trained
+
+
+def test_networks_that_would_turn_their_views_want_them_turned(torchvision: ModuleType) -> None:
+    """With its weights torchvision's GoogLeNet takes ImageNet's normalisation, ours does not."""
+    network = any_model("torchvision/googlenet", K, 64).net.eval()
+    published = libraries.published_views("torchvision/googlenet", network)
+    assert published is not None
+    pixels = 255 * torch.rand(2, 3, 64, 64)
+    read: list[Tensor] = []
+    network.conv1.register_forward_pre_hook(lambda _, given: read.append(given[0]))  # type: ignore[operator, union-attr]
+
+    def shown(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+        """What the first layer reads of pixels that are normalised so."""
+        per_channel = [torch.tensor(values)[:, None, None] for values in (mean, std)]
+        network((pixels - per_channel[0]) / per_channel[1])
+        return read[-1]
+
+    ours = shown(published.mean, published.std)
+    network.transform_input = True  # type: ignore[assignment]
+    theirs = shown((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_every_head_of_published_weights_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's distilled transformers have two."""
+    make = libraries._timm_network
+
+    def offline(name: str, classes: int, size: int, *, pretrained: bool) -> nn.Module:
+        return make(name, classes, size, pretrained=False)
+
+    monkeypatch.setattr(libraries, "_timm_network", offline)
+    name = "timm/deit_tiny_distilled_patch16_224"
+    weights = libraries.published_weights(name, K, 64)
+    assert "norm.weight" in weights and not any(n.startswith("head") for n in weights)
+
+
+def test_a_tuple_in_training_is_refused_in_words() -> None:
+    model = any_model("tests.nets:returns_a_tuple_in_training", K, 32)
+    with pytest.raises(ValueError, match="returns a tuple in training"):
+        model.train()(torch.randn(2, 3, 32, 32))
+
+
 def test_own_networks_take_a_head_of_another_width_as_fresh(tmp_path: Path) -> None:
     from backmix.train.models.build import build
 
@@ -731,6 +822,8 @@ def test_pretrained_wants_a_library(data: Path) -> None:
         ("timm/resnet_18", r"timm 1\S+ has no network 'resnet_18'; the nearest are .*resnet18"),
         ("torchvision/reznet50", r"torchvision \S+ has no network .* nearest are .*resnet50"),
         ("torchvision/fasterrcnn_resnet50_fpn", r"has no network"),
+        ("timm/resnet18.nope", r"Invalid pretrained tag .* There are .*resnet18\.a1_in1k"),
+        ("tests.nets:has_a_typo", r"does not take images of 50 x 50 pixels: KeyError: 'maen'"),
         ("keras/resnet50", r"are named timm/NAME, torchvision/NAME or MODULE:CALLABLE"),
         ("no.such:thing", r"there is no module no, neither installed nor in .*PYTHONPATH"),
         ("tests.no_nets:plain", r"there is no module tests.no_nets"),
@@ -738,6 +831,7 @@ def test_pretrained_wants_a_library(data: Path) -> None:
         ("tests.nets:K", r"has no K"),
         ("tests.nets:not_a_network", r"returned a int, not a torch.nn.Module"),
         ("tests.nets:broken", r"KeyError: 'no weights for 5 classes' \(.*nets\.py, line \d+\)"),
+        ("tests.nets:leaves", r"called with 5: SystemExit: usage: nets\.py 5 \(.*nets\.py, line"),
         ("tests.nets:wants_two", r"must take the number of classes as its only argument: missing"),
         ("tests.nets:wrong_width", r"gives 6 logits, but there are 5 classes"),
         ("tests.nets:returns_a_tuple", r"must return logits \[n, K\] .* returned a tuple"),

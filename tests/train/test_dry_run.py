@@ -77,7 +77,15 @@ def test_what_it_counts_is_what_a_run_has(data: Path, tmp_path: Path) -> None:
         assert row["lr"] == pytest.approx(float(rate), rel=1e-3)
 
 
-@pytest.mark.parametrize("optim", [Optim(kind="adam", lr=1e-3), Optim(lr=0.01), Optim(momentum=0)])
+@pytest.mark.parametrize(
+    "optim",
+    [
+        Optim(kind="adam", lr=1e-3),
+        Optim(kind="adamw", lr=1e-3, momentum=0),
+        Optim(lr=0.01),
+        Optim(momentum=0),
+    ],
+)
 def test_the_size_of_a_checkpoint_is_foretold(data: Path, tmp_path: Path, optim: Optim) -> None:
     run = tiny_run(data, tmp_path / "run", epochs=1, optim=optim)
     _, state, loader = prepare_run(run, "test", [])
@@ -123,6 +131,9 @@ def test_what_a_start_refuses_is_refused(data: Path, tmp_path: Path) -> None:
     for wrong, match in (
         (replace(run, epochs=0), "--epochs"),
         (replace(run, data=(tmp_path / "no.beton",)), r"no\.beton"),
+        (replace(run, accumulate=1000), "--accumulate 1000"),
+        (replace(run, graph=True), "--graph does not go with the turbo loader"),
+        (replace(run, device="cpu", sync_batchnorm=True), "--sync-batchnorm needs GPUs"),
     ):
         with pytest.raises((ValueError, OSError), match=match):
             said(wrong)
@@ -155,3 +166,12 @@ def test_of_several_processes_one_speaks(
     monkeypatch.setenv("RANK", "0")
     assert train(run, "test", []) == 0
     assert "of each of 2 processes" in capsys.readouterr().out and not run.out.exists()
+    monkeypatch.setenv("WORLD_SIZE", "1000")
+    with pytest.raises(ValueError, match="1000 processes are too many"):
+        train(run, "test", [])
+
+
+def test_what_is_taken_of_given_weights_is_said(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(data, tmp_path / "run", Softmax(), epochs=1)
+    assert train(run, "test", []) == 0
+    assert f"--init {run.out}: " in said(replace(run, out=tmp_path / "next", init=run.out))

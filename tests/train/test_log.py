@@ -3,7 +3,9 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from backmix.train import log
 from backmix.train.checkpoint import locked
 from backmix.train.cli import run as command
 from backmix.train.log import Beat, Log, read_status, status_line, write_status
+from backmix.train.run_folder import read_config
 
 FACTS = {"epoch": 2, "epochs": 9, "steps": 90, "images_per_s": 1234.5}
 
@@ -82,3 +85,13 @@ def test_a_log_that_lacks_what_its_checkpoint_counts_says_what_to_do(tmp_path: P
     (tmp_path / "log.jsonl").unlink()
     with pytest.raises(ValueError, match=r"log\.jsonl is not there.*put it back, or remove .*chec"):
         Log(tmp_path, {"log.jsonl": 7, "summary.csv": 0})
+
+
+@pytest.mark.parametrize("read", [read_status, read_config])
+def test_lists_within_lists_end_in_words(
+    read: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    for name in ("status.json", "config.json"):
+        (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"json cannot be read"):
+        read(tmp_path)

@@ -3,12 +3,15 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 
 from backmix.train import recorded
 from backmix.train.loop import steps
+from backmix.train.optim import make_optimizer
 from backmix.train.options import (
     Arpl,
     Augment,
@@ -21,7 +24,7 @@ from backmix.train.options import (
     Ssod,
 )
 from backmix.train.prepare import prepare_run
-from backmix.train.recorded import WARM_UP, own_stream, recorded_steps
+from backmix.train.recorded import WARM_UP, own_stream, recorded_steps, to_be_recorded
 from backmix.train.run import train
 from tests.runs import tiny_run, tiny_set
 
@@ -125,16 +128,36 @@ def test_another_loader_is_refused(data: Path, tmp_path: Path) -> None:
         train(run, "test", ["backmix", "train"])
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_the_step_of_every_optimizer_can_be_recorded(
+    kind: Literal["sgd", "adam", "adamw"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch refuses to record Adam's step unless it is told that it may."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = make_optimizer([("weight", weight)], kind=kind, lr=0.1)
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda **options: torch.device("cuda")
+    )
+    recording = SimpleNamespace(is_capturing=lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: recording)
+    with to_be_recorded(optimizer):
+        optimizer.step()
+    assert not any(group.get("capturable", False) for group in optimizer.param_groups)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_cuda_graph_computes_the_steps_of_the_loop(
-    data: Path, tmp_path: Path, method: Method
+    data: Path, tmp_path: Path, method: Method, kind: Literal["sgd", "adam"]
 ) -> None:
     """As far as kernels that add in any order let it: losses over two epochs, to 1e-3."""
     run = replace(
         resident(data, tmp_path / "graph", method),
         device="cuda",
-        optim=Optim(lr=0.01),
+        optim=Optim(kind=kind, lr=0.01 if kind == "sgd" else 1e-4),
     )
     losses = []
     for graph in (True, False):

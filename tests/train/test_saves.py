@@ -192,7 +192,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_one_with_room_again_does_not(
     assert len(said.lines) == MOST_FAILED_SAVES - 1
     assert f"{size:,} bytes needed, {free[0]:,} free" in said.lines[0]
     assert "step-00000002" in said.lines[0] and "No space left on device" in said.lines[0]
-    assert "checkpoint before is intact, going on" in said.lines[0]
+    assert "the checkpoint of step 1 is intact, going on" in said.lines[0]
     free[0] = int(1.1 * size) + 1
     save()  # one that can be written is a new start of the count
     free[0] = 0

@@ -300,17 +300,23 @@ def test_a_run_of_two_goes_on_in_one_and_in_three(
             assert abs(one["grad_norm"] - other["grad_norm"]) < 1e-2
 
 
+@pytest.mark.parametrize("size", [2, 3])
 def test_the_same_number_of_processes_goes_on_with_the_same_bits(
-    data: Path, tmp_path: Path
+    size: int, data: Path, tmp_path: Path
 ) -> None:
-    """With dropout and BatchNorm: the generators of all processes are in the checkpoint."""
+    """With dropout and BatchNorm: the generators of all processes are in the checkpoint.
+
+    Of three processes the sums of gradients depend on where in a message each of them lies; the
+    first step after the stop is one in which all have images.
+    """
     method = METHODS["backmix"]
-    run = run_of(data, tmp_path / "whole", method, model="classifier32-half", epochs=3)
-    whole = equal_digests(together(2, trained, run))
+    model = "classifier32-half" if size == 2 else "tests.train.test_world:GroupNet"
+    run = run_of(data, tmp_path / "whole", method, model=model, epochs=3)
+    whole = equal_digests(together(size, trained, run))
     other = replace(run, out=tmp_path / "stopped")
-    assert [code for code, _ in together(2, trained, other, (0, 7))] == [75, 75]
-    rest = equal_digests(together(2, trained, other))
-    assert rest == whole[7:]
+    assert {code for code, _ in together(size, trained, other, (0, 6))} == {75}
+    rest = equal_digests(together(size, trained, other))
+    assert rest == whole[6:]
     assert (other.out / "log.jsonl").read_bytes() == (run.out / "log.jsonl").read_bytes()
 
 

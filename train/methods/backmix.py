@@ -26,6 +26,7 @@ from backmix.pipeline import draws
 from backmix.pipeline.batch import Batch
 from backmix.pipeline.beton import BetonSet
 from backmix.pipeline.subset import Subset
+from backmix.pipeline.views import to_device as pinned_to_device
 from backmix.train.exchange import Exchange
 from backmix.train.methods.method import DeviceDraws, HostMethod, Out, Regions, Views
 from backmix.train.methods.views import (
@@ -351,7 +352,7 @@ class BackMixMethod:
             ],
             axis=1,
         )  # uint32 [n, tries, 2]
-        words = torch.from_numpy(tries.astype(np.int64)).to(batch.pool.device, non_blocking=True)
+        words = pinned_to_device(tries.astype(np.int64), batch.pool.device)
         sides = tuple(batch.pool.shape[1:3])
         extent = drawn.patch[:, None, 4:6].long()
         heat = view_heat(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from backmix.pipeline import draws
 from backmix.pipeline.batch import Batch
+from backmix.pipeline.views import to_device
 from backmix.train.models.build import Model
 from backmix.train.models.heads import ReciprocalPoints
 from backmix.train.options import CONFUSING_SIZES, Arpl, Augment
@@ -225,8 +226,7 @@ class Confusion:
     def images(self, batch: Batch, which: int) -> Tensor:
         """Generate an image beside each of a batch, normalised, float [n, 3, size, size]."""
         place = batch.place
-        z = torch.from_numpy(latents(place.seed, place.epoch, batch.host.index, which))
-        z = z.to(self.device, non_blocking=True)
+        z = to_device(latents(place.seed, place.epoch, batch.host.index, which), self.device)
         return self.generator(z[:, :, None, None]) * self.scale - self.offset
 
     def take_steps(self, images: Tensor, batch: Batch, model: Model) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from backmix.kernels.mix_background import mix_background
 from backmix.pipeline.batch import Batch
 from backmix.pipeline.draws import MixDraws, mix_draws
+from backmix.pipeline.views import to_device as pinned_to_device
 from backmix.train.augmentations import cssr, cssr_contrast, randaugment
 from backmix.train.methods.method import DeviceDraws, Views
 from backmix.train.options import Augment
@@ -22,7 +23,7 @@ def to_device(drawn: MixDraws, device: torch.device) -> DeviceDraws:
     """Copy draws to the device, without waiting for it."""
 
     def move(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        return pinned_to_device(array, device)
 
     return DeviceDraws(
         flip=move(drawn.flip),
@@ -164,8 +165,8 @@ def with_pool(
         return _shown(images, rows, augment, drawn.flip, drawn.shift, dtype)
     images = cssr(make(drawn.flip, drawn.shift, torch.uint8), seed, epoch, index)
     views = _shown(images, rows, augment, still, None, dtype)
-    scale = torch.from_numpy(cssr_contrast(seed, epoch, index))
-    return views.mul_(scale.to(views.device, non_blocking=True)[:, None, None, None])
+    scale = pinned_to_device(cssr_contrast(seed, epoch, index), views.device)
+    return views.mul_(scale[:, None, None, None])
 
 
 def full_boxes(n: int, device: torch.device) -> Tensor:

@@ -68,10 +68,11 @@ def tapped(
             found = network(images).shape[1]
     except ValueError as error:
         raise ValueError(f"--model {name}: {error}") from error
-    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a network of other people raises
         first = (str(error) or repr(error)).strip().splitlines()[0]
         raise ValueError(
-            f"--model {name} does not take images of {size} x {size} pixels: {first}"
+            f"--model {name} does not take images of {size} x {size} pixels: "
+            f"{type(error).__name__}: {first}"
         ) from error
     if classes is not None and found != classes:
         raise ValueError(f"--model {name} gives {found} logits, but there are {classes} classes")
@@ -189,6 +190,11 @@ class AnyModel(nn.Module):
         One cell where there is no map, and where a local one is not wanted in training.
         """
         logits = self.net(images)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"--model {self.name} returns a {type(logits).__name__} in training, and logits "
+                "[n, K] in evaluation: it must return logits always"
+            )
         seen, self._map = self._map, None
         read, self._read = self._read, None
         spot = self.parts.spot

@@ -35,7 +35,8 @@ def add_blurpool(model: nn.Module) -> None:
     if not strided:
         raise ValueError(
             f"--blurpool: this network has no convolution with a stride and at least "
-            f"{LEAST_CHANNELS} input channels, so there is nothing to blur: leave it out"
+            f"{LEAST_CHANNELS} input channels, so there is nothing to blur: leave it out, "
+            "and where the recipe has it, give --no-blurpool"
         )
     row = torch.tensor([1.0, 2.0, 1.0])
     for module in strided:

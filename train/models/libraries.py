@@ -93,8 +93,9 @@ def published_weights(name: str, classes: int, size: int) -> dict[str, Tensor]:
         ) from error
     weights = network.state_dict()
     if _timm_config(network).get("num_classes") != classes:
-        head = network.get_classifier()  # type: ignore[operator]
-        own = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()}
+        heads = network.get_classifier()  # type: ignore[operator]
+        several = nn.ModuleList(heads if isinstance(heads, tuple) else [heads])
+        own = {id(tensor) for tensor in several.state_dict(keep_vars=True).values()}
         named = network.state_dict(keep_vars=True).items()
         weights = {key: weights[key] for key, tensor in named if id(tensor) not in own}
     return weights
@@ -115,6 +116,10 @@ def published_views(name: str, network: nn.Module) -> Published | None:
         except (AttributeError, ValueError):
             return None
         mean, std, size = views.mean, views.std, views.crop_size
+        if getattr(network, "transform_input", None) is False:
+            # Made with its weights the network turns such views into -1 .. 1 itself; made without,
+            # as here and by whoever reads our files, it has to be shown -1 .. 1.
+            mean = std = (0.5, 0.5, 0.5)
     else:
         return None
     return Published(
@@ -173,7 +178,13 @@ def _timm_network(name: str, classes: int, size: int, *, pretrained: bool) -> nn
     if not timm.is_model(name):
         raise ValueError(_unknown("timm", name, timm.list_models()))
     options: dict[str, Any] = {}
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True))
+        raise ValueError(
+            f"--model timm/{name}: {_first_line(error)} There are {tags or 'none'}"
+        ) from error
     if config is not None and config.fixed_input_size:
         options["img_size"] = size
     try:
@@ -212,7 +223,7 @@ def _called(name: str, classes: int) -> nn.Module:
             f"--model {name}: there is no module {error.name}, neither installed nor in "
             f"{os.getcwd()}; PYTHONPATH names further folders"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script ends when it is imported
         raise ValueError(
             f"--model {name}: {module_name} cannot be imported: {_where(error)}"
         ) from error
@@ -236,7 +247,7 @@ def _network_of(name: str, function: Callable[..., Any], classes: int) -> nn.Mod
         ) from error
     try:
         network = function(classes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--model {name}, called with {classes}: {_where(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(
@@ -263,12 +274,12 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; the nearest are {', '.join(near)}" if near else ""
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """Return an error with the file and line where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {_first_line(error)}{place}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or repr(error)).strip().splitlines()[0]

@@ -8,6 +8,7 @@ of ARPL and CSSR.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -32,6 +33,8 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _INSIDE = ("state_dict", "model", "model_state_dict", "net")
 """Under which other programs keep a network's weights in a file."""
 _FEW = 4
+_MOST_INSIDE = 8
+"""How deep a file may hide a network's weights; a damaged one may hold itself."""
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], arch: str, classes: int) -> None:
@@ -129,15 +132,19 @@ def take(
     ours = _class_head(model)
     fresh, unread, problems = [], [], []
     for name, value in wanted.items():
+        may_be_fresh = not head and (name.startswith(ours) or _has_row_a_class(model, value))
         if name not in tensors:
             if name.startswith("rejection."):
+                fresh.append(name)
                 continue
-            if name.startswith(ours) and not head:
+            if may_be_fresh:
                 fresh.append(name)
             elif not name.endswith("num_batches_tracked"):  # old files have none
                 problems.append(f"lacks {_bare(name)}")
+        elif not _is_plain(tensors[name]):
+            problems.append(f"{_bare(name)} is sparse, quantised, complex or without its numbers")
         elif tensors[name].shape != value.shape:
-            if name.startswith(ours) and not head:
+            if may_be_fresh:
                 fresh.append(f"{_bare(name)} ({_shape(tensors[name])} there, {_shape(value)} here)")
             else:
                 problems.append(
@@ -172,6 +179,19 @@ def _class_head(model: Model) -> tuple[str, ...]:
         own = () if classifier is None else (f"{_NET}{classifier}.",)
         return (*own, "method_head.")
     return ("fc.",) if hasattr(model, "fc") else ("head.",)
+
+
+def _has_row_a_class(model: Model, value: Tensor) -> bool:
+    """Return whether a tensor may be of a class head that is no single layer."""
+    if not isinstance(model, AnyModel) or model.parts.classifier is not None:
+        return False
+    return value.shape[:1] == (model.classes,)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor of a file is an array of real numbers that can be copied."""
+    special = tensor.is_nested or tensor.is_quantized or tensor.is_meta or tensor.is_complex()
+    return tensor.layout is torch.strided and not special
 
 
 def _named(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,7 +241,9 @@ def _saved_by_torch(path: Path) -> object:
     except OSError:
         raise
     except Exception as error:  # pickle, zip and torch raise types of their own
-        first = (str(error) or repr(error)).strip().splitlines()[0]
+        # Torch's first lines say how to read the file all the same; what is in it stands below.
+        other = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        first = f"it holds {other[1]}" if other else repr(error).splitlines()[0]
         raise ValueError(
             f"--init {path} is damaged, or holds more than weights, which may be anything and is "
             f"not read ({first}); write it anew where it comes from: torch.save("
@@ -231,11 +253,10 @@ def _saved_by_torch(path: Path) -> object:
 
 def _unwrapped(found: object, path: Path) -> dict[str, Tensor]:
     """Return the weights in what a file holds, without what other programs put around them."""
-    while isinstance(found, Mapping):
-        inner = next((found[k] for k in _INSIDE if isinstance(found.get(k), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
+    for _ in range(_MOST_INSIDE):
+        if isinstance(found, Mapping):
+            inside = (found[key] for key in _INSIDE if isinstance(found.get(key), Mapping))
+            found = next(inside, found)
     if not isinstance(found, Mapping) or not any(isinstance(v, Tensor) for v in found.values()):
         kind = f"the keys {_few(map(str, found))}" if isinstance(found, Mapping) else type(found)
         raise ValueError(
