@@ -64,8 +64,9 @@ def test_the_memory_of_a_process_is_its_own_and_that_of_files(tmp_path: Path) ->
         > 20
         > (between["own_mib"] - before["own_mib"])
     )
-    held = np.ones(32 << 20, np.uint8)
-    assert synthetic.memory()["own_mib"] - between["own_mib"] > 30
+    # Above 32 MiB malloc never takes what was freed before.
+    held = np.ones(64 << 20, np.uint8)
+    assert synthetic.memory()["own_mib"] - between["own_mib"] > 60
     with synthetic.watched() as most:
         more = np.ones(48 << 20, np.uint8)
         del more
