@@ -50,8 +50,8 @@ def test_every_stored_row_has_every_key_and_no_other(file: Path) -> None:
         if row["ms_p50"] is not None:
             assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
             # Loaders and conversion are timed in turns of whole epochs, kernels call by call, and
-            # scores of a whole test set, which last minutes, once.
-            once = row["stage"] == "scores"
+            # whole commands and scores of a whole test set, which last minutes, once.
+            once = row["stage"] in ("scores", "scale")
             assert row["n"] >= (1 if once else 20 if row["kernel"] else 5)
 
 

@@ -236,7 +236,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(
     [
         ({"seed": 5}, "seed was 0, is 5"),
         ({"method": BackMix(patch=8, fill="keep", rate=0.5)}, "method.patch was 12, is 8"),
-        ({"method": Softmax()}, "method.type was BackMix, is Softmax"),
+        ({"method": Softmax()}, "method was BackMix, is Softmax"),
         ({"split": Split(known=("a", "b"))}, "split.known"),
     ],
 )

@@ -359,7 +359,7 @@ def test_what_a_run_leaves_behind_is_the_mean(data: Path, tmp_path: Path) -> Non
     run = tiny_run(data, tmp_path / "run", Softmax(), ema=0.9, save_steps=0, model=BATCHED)
     assert train(run, "test", []) == 0
     tensors, _ = load_tensors(checkpoint_path(run.out, 9))
-    weights = load_model(run.out).state_dict()
+    weights = load_model(run.out, BATCHED).state_dict()
     assert len(weights) > 10
     for name, value in weights.items():
         assert torch.equal(value, tensors[f"ema.{name}"]), name
@@ -467,7 +467,8 @@ def test_a_compiled_run_ends_and_goes_on(
     plain, other = ((one.out / "log.jsonl").read_text().splitlines() for one in (run, compiled))
     for row, again in zip(plain, other, strict=True):
         assert eval_row(again) == pytest.approx(eval_row(row), rel=2e-3)
-    assert load_model(compiled.out).state_dict().keys() == load_model(run.out).state_dict().keys()
+    ours, theirs = (load_model(one.out, BATCHED).state_dict() for one in (compiled, run))
+    assert ours.keys() == theirs.keys()
 
 
 def eval_row(line: str) -> dict[str, float]:
