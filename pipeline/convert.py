@@ -299,7 +299,7 @@ class Stored:
     """What was done to the source's image, for the manifest; the first word tells the way."""
 
 
-def _limits(options: ConvertOptions) -> tuple[int | None, int | None]:
+def limits(options: ConvertOptions) -> tuple[int | None, int | None]:
     """Return the most pixels of the longer and of the shorter side; None = any."""
     return (options.max_side, None) if options.preset == "none" else _PRESETS[options.preset]
 
@@ -352,7 +352,7 @@ def _plan(
         jpeg: the source is a JPEG.
         fit: the source is a JPEG that may be stored byte for byte.
     """
-    height, width = images.shrunk_size(size[0], size[1], *_limits(options))
+    height, width = images.shrunk_size(size[0], size[1], *limits(options))
     if want == "smart":
         # As stock ffcv: by bytes of pixels, and everything raw where no threshold is given.
         threshold = options.smart_threshold
@@ -385,7 +385,7 @@ def _copy(
 def _stored_pixels(
     pixels: np.ndarray, plan: str, flags: int, notes: list[str], options: ConvertOptions
 ) -> Stored:
-    small = images.shrink(pixels, *_limits(options))
+    small = images.shrink(pixels, *limits(options))
     if small is not pixels:
         notes = [*notes, f"shrunk from {pixels.shape[1]} x {pixels.shape[0]}"]
     height, width, _ = small.shape
@@ -456,7 +456,7 @@ def _expected(item: Item, want: str, options: ConvertOptions, data: bytes | None
         plan = _plan(want, size, options, jpeg=jpeg, fit=fit)
         if plan == "copy":
             return file_size
-    height, width = images.shrunk_size(size[0], size[1], *_limits(options))
+    height, width = images.shrunk_size(size[0], size[1], *limits(options))
     # An encoded image takes less than a byte a pixel, save noise at the highest qualities; pages
     # have room for four times this figure, more than the pixels themselves take.
     return height * width * (1 if plan == "jpg" else 3) + 4096

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ import xxhash
 
 from backmix.pipeline.batch import Batch, HostRows, Place
 from backmix.pipeline.decode import cut, decoding_threads
-from backmix.pipeline.draws import centre_boxes
-from backmix.pipeline.images import check_size, decode_rgb
+from backmix.pipeline.draws import centre_boxes, whole_boxes
+from backmix.pipeline.images import MAX_PIXELS, check_size, decode_rgb
 from backmix.pipeline.sources.source import Item
 from backmix.pipeline.views import to_device
 
@@ -35,21 +36,30 @@ class Reading:
     """Bytes of the encoded images that were not left out, in their order."""
     digest: str = ""
     """Identifies names and bytes of all images."""
-    marks: bytes = b""
+    marks: bytearray = field(default_factory=bytearray)
     """What the digest is made of: 16 bytes for each image."""
     decoding: float = 0.0
     """Seconds in which threads read and decoded, all threads together."""
 
 
 @dataclass(frozen=True)
-class _Read:
-    """One file: its bytes, and its view or what is wrong with it."""
+class Read:
+    """One image: its view, or what is wrong with it.
 
-    data: bytes
+    Without its bytes: hundreds of large files wait here while the batches before them are used.
+    """
+
+    number: int
+    """Position among the images."""
+    file_size: int
+    """Of the encoded image [bytes]."""
+    mark: bytes
+    """Identifies its name and its bytes; 16 bytes."""
     view: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     box: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     size: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     problem: str = ""
+    """What is wrong with it, where there is no view."""
     seconds: float = 0.0
     """That it took."""
 
@@ -69,6 +79,19 @@ def box_view(pixels: np.ndarray, box: np.ndarray, size: int) -> Shown:
     view = np.empty((size, size, 3), np.uint8)
     cut(pixels, box, view)
     return view, box
+
+
+def usual_view(pixels: np.ndarray, size: int, crop: str, eval_crop: float) -> Shown:
+    """Return what the loaders show of an image in evaluation.
+
+    Args:
+        pixels: uint8 [h, w, 3].
+        size: side S of the view [pixels].
+        crop, eval_crop: as in `LoaderOptions`.
+    """
+    shape = np.array([pixels.shape[:2]], np.int32)
+    box = whole_boxes(shape) if crop == "whole" else centre_boxes(shape, eval_crop)
+    return box_view(pixels, box[0], size)
 
 
 def central_view(pixels: np.ndarray, size: int, share: float) -> Shown:
@@ -128,47 +151,69 @@ def read_batches(
     further.
     """
 
-    def read(item: Item) -> _Read:
-        began, data = time.perf_counter(), b""
+    for images in read_views(items, show, batch=batch, threads=threads):
+        good = []
+        for image in images:
+            item = items[image.number]
+            reading.decoding += image.seconds
+            reading.marks += image.mark
+            if image.problem:
+                listed = f" ({item.listed})" if item.listed else ""
+                reading.bad.append(f"{item.path}: {image.problem}{listed}")
+            else:
+                reading.file_sizes.append(image.file_size)
+                good.append(image)
+        if good:
+            yield _batch_of(good, items, device)
+    reading.digest = digest_of(bytes(reading.marks))
+
+
+def read_views(
+    items: Sequence[Item],
+    show: Callable[[np.ndarray], Shown],
+    *,
+    batch: int,
+    threads: int,
+    limit: int = MAX_PIXELS,
+) -> Iterator[list[Read]]:
+    """Yield the images batch by batch, in order, those that cannot be read among them.
+
+    Args:
+        items, show, batch, threads: as for `read_batches`.
+        limit: most pixels of an image that is decoded.
+    """
+
+    def read(number: int) -> Read:
+        began, item, data = time.perf_counter(), items[number], b""
+        found: dict[str, Any] = {}
         try:
             data = item.read()
-            pixels = decode_rgb(data)
-            view, box = show(pixels)
-            size = np.array(pixels.shape[:2], np.int32)
-            return _Read(data, view, box, size, seconds=time.perf_counter() - began)
+            pixels = decode_rgb(data, limit)
+            found["view"], found["box"] = show(pixels)
+            found["size"] = np.array(pixels.shape[:2], np.int32)
         except (ValueError, OSError) as error:
-            seconds = time.perf_counter() - began
-            return _Read(data, problem=_problem(item, error), seconds=seconds)
+            found = {"problem": problem_of(error)}
+        mark = _mark(item.name, data)
+        return Read(number, len(data), mark, **found, seconds=time.perf_counter() - began)
 
-    def finish(begun: list[tuple[int, Future[_Read]]]) -> list[tuple[int, _Read]]:
-        good: list[tuple[int, _Read]] = []
-        for number, task in begun:
-            item, image = items[number], task.result()
-            reading.decoding += image.seconds
-            named = f"{item.name}\0{len(image.data)}\0".encode()
-            reading.marks += xxhash.xxh3_128(named + image.data).digest()
-            if image.problem:
-                reading.bad.append(image.problem)
-            else:
-                reading.file_sizes.append(len(image.data))
-                good.append((number, image))
-        return good
-
-    pending: deque[list[tuple[int, Future[_Read]]]] = deque()
+    pending: deque[list[Future[Read]]] = deque()
     with decoding_threads(threads) as pool:
         try:
             for start in range(0, len(items) + AHEAD * batch, batch):
                 numbers = range(start, min(start + batch, len(items)))
-                pending.append([(number, pool.submit(read, items[number])) for number in numbers])
-                if len(pending) > AHEAD:
-                    good = finish(pending.popleft())
-                    if good:
-                        yield _batch_of(good, items, device)
+                pending.append([pool.submit(read, number) for number in numbers])
+                if len(pending) > AHEAD and (begun := pending.popleft()):
+                    yield [task.result() for task in begun]
         finally:
             for begun in pending:
-                for _, task in begun:
+                for task in begun:
                     task.cancel()
-    reading.digest = digest_of(reading.marks)
+
+
+def _mark(name: str, data: bytes) -> bytes:
+    digest = xxhash.xxh3_128(f"{name}\0{len(data)}\0".encode("utf-8", "surrogateescape"))
+    digest.update(data)
+    return digest.digest()
 
 
 def digest_of(marks: bytes) -> str:
@@ -176,30 +221,28 @@ def digest_of(marks: bytes) -> str:
     return xxhash.xxh3_128(marks).hexdigest()
 
 
-def _problem(item: Item, error: Exception) -> str:
-    what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{item.path}: {what}" + (f" ({item.listed})" if item.listed else "")
+def problem_of(error: Exception) -> str:
+    """Return what is wrong with an image, without its name."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def _batch_of(
-    images: Sequence[tuple[int, _Read]], items: Sequence[Item], device: torch.device | str
-) -> Batch:
+def _batch_of(images: Sequence[Read], items: Sequence[Item], device: torch.device | str) -> Batch:
     device = torch.device(device)
 
     def tensor(values: Sequence[np.ndarray | int]) -> torch.Tensor:
         return to_device(np.stack(values), device)
 
     n = len(images)
-    numbers = np.array([number for number, _ in images])
+    numbers = np.array([image.number for image in images])
     index = to_device(numbers, device)
     return Batch(
-        pool=tensor([image.view for _, image in images]),
+        pool=tensor([image.view for image in images]),
         pool_index=index,
         rows=torch.arange(n, device=device),
         index=index,
         labels=tensor([items[number].label for number in numbers.tolist()]),
-        boxes=tensor([image.box for _, image in images]),
-        sizes=tensor([image.size for _, image in images]),
+        boxes=tensor([image.box for image in images]),
+        sizes=tensor([image.size for image in images]),
         status=torch.zeros(n, dtype=torch.uint8, device=device),
         group=n,
         place=Place(seed=0),

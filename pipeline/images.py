@@ -343,12 +343,32 @@ def _warning(error: ValueError) -> str:
     return message
 
 
-def decode_rgb(data: bytes) -> np.ndarray:
+def decode_rgb(data: bytes, limit: int = MAX_PIXELS) -> np.ndarray:
     """Decode any image to RGB, uint8 [h, w, 3]; see `decode`."""
-    return decode(data).pixels
+    return decode(data, limit=limit).pixels
 
 
-def decode(data: bytes, facts: JpegFacts | None = None) -> Decoded:
+def rgb_of(image: Image.Image, limit: int = MAX_PIXELS) -> np.ndarray:
+    """Return the pixels of an image that Pillow holds, uint8 [h, w, 3], by the rules of `decode`.
+
+    EXIF orientation is applied, unless whoever made the image has done so (Pillow's
+    `exif_transpose` takes the mark away).
+
+    Raises:
+        ValueError: its file is damaged, floating-point pixels, or more than `limit` of them.
+    """
+    try:
+        check_size(image.height, image.width, limit)
+        asked = _pillow_orientation(image)
+        decoded = _as_rgb(image, deep=False)
+        return _rotate(decoded, asked if _pillow_orientation(image) == asked else 1).pixels
+    except MemoryError:
+        raise
+    except Exception as error:  # see _by_pillow
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def decode(data: bytes, facts: JpegFacts | None = None, *, limit: int = MAX_PIXELS) -> Decoded:
     """Decode any image to RGB by its content.
 
     EXIF orientation is applied. CMYK and YCCK become RGB by Pillow's plain formula, 16 bits per
@@ -358,20 +378,23 @@ def decode(data: bytes, facts: JpegFacts | None = None) -> Decoded:
     Args:
         data: the encoded image.
         facts: of a JPEG, where somebody has looked at them already.
+        limit: most pixels of an image that is decoded; its header says how many it has.
 
     Raises:
-        ValueError: no image, damaged or truncated, floating-point pixels, or beyond `MAX_PIXELS`,
-            `MAX_BYTES`, `MAX_SCANS`.
+        ValueError: no image, damaged or truncated, floating-point pixels, or beyond `limit`,
+            `MAX_PIXELS`, `MAX_BYTES`, `MAX_SCANS`.
     """
     if not data:
         raise ValueError("the file is empty")
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data):,} bytes; images may have {MAX_BYTES:,} at most")
-    return _decode_jpeg(data, facts or jpeg_facts(data)) if is_jpeg(data) else _by_pillow(data)
+    if is_jpeg(data):
+        return _decode_jpeg(data, facts or jpeg_facts(data), limit)
+    return _by_pillow(data, limit)
 
 
-def _decode_jpeg(data: bytes, facts: JpegFacts) -> Decoded:
-    check_size(facts.height, facts.width)
+def _decode_jpeg(data: bytes, facts: JpegFacts, limit: int) -> Decoded:
+    check_size(facts.height, facts.width, limit)
     if facts.end < 0:
         raise ValueError("truncated JPEG: the end marker is missing")
     four = facts.components == 4
@@ -383,7 +406,7 @@ def _decode_jpeg(data: bytes, facts: JpegFacts) -> Decoded:
         warning = _warning(error)
     if four or pixels is None:
         try:
-            pixels = _by_pillow(data).pixels
+            pixels = _by_pillow(data, limit).pixels
         except ValueError as error:
             raise ValueError(f"JPEG that does not decode: {warning or error}") from error
     decoded = Decoded(pixels, "JPEG", Flag.ICC * facts.icc)
@@ -395,13 +418,13 @@ def _decode_jpeg(data: bytes, facts: JpegFacts) -> Decoded:
     return _rotate(decoded, facts.orientation)
 
 
-def _by_pillow(data: bytes) -> Decoded:
+def _by_pillow(data: bytes, limit: int) -> Decoded:
     """Decode with Pillow; a JPEG's orientation is left alone, the others' is applied."""
     # Pillow and its plugins raise whatever a malformed file makes them stumble over: OSError,
     # SyntaxError, struct.error, IndexError and more. Here they all mean the same.
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
-            check_size(image.height, image.width)
+            check_size(image.height, image.width, limit)
             deep = _bits(image, data) == 16
             if is_jpeg(data):
                 return _as_rgb(image, deep=deep)
@@ -506,12 +529,12 @@ def _note_mode(decoded: Decoded, mode: str) -> Decoded:
     return replace(decoded, flags=flags, notes=[*decoded.notes, note])
 
 
-def check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int, limit: int = MAX_PIXELS) -> None:
     """Raise ValueError unless an image of this size [pixels] is within the limits."""
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise ValueError(f"{width} x {height} pixels; sides may be 1 to {MAX_SIDE:,}")
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+    if height * width > min(limit, MAX_PIXELS):
+        raise ValueError(f"{width} x {height} pixels are more than {min(limit, MAX_PIXELS):,}")
 
 
 def image_size(data: bytes) -> tuple[int, int]:

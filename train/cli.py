@@ -1,7 +1,8 @@
 """The command line: one function per command, heavy imports inside them.
 
 Exit codes: 0 done; 1 failed, with one message on stderr; 2 wrong usage; 75 stopped by a signal with
-a checkpoint written and more to do; 130 interrupted with nothing to continue.
+a checkpoint written and more to do; 130 interrupted with nothing to continue. `status` and
+`monitor` have codes of their own, which their help names.
 """
 
 import os
@@ -15,12 +16,13 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from backmix.pipeline.options import ConvertOptions
+from backmix.train.decide.options import CalibrateOptions, MonitorOptions, PredictOptions
 from backmix.train.options import EvaluateOptions, PreviewOptions, TableOptions
 from backmix.train.recipes import METHOD_ROWS, RECIPES, listed, parse_run
 
 Asked = TypeVar("Asked")
 CONFIG = (tyro.conf.FlagCreatePairsOff,)
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE, RECALIBRATE, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,74 @@ class Report:
     """The page to write."""
     model: str = ""
     """The --model of runs of MODULE:CALLABLE once more: their pictures import that program."""
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Choose the threshold of a run on held-out known images, with a guarantee."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder; its threshold.json is written."""
+    choosing: tyro.conf.OmitArgPrefixes[CalibrateOptions] = field(default_factory=CalibrateOptions)
+    """How."""
+    quiet: bool = False
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Accept or reject images: a row for each, with class, score and p-value.
+
+    SOURCE is an image, a folder with its subfolders, a plain tar, a .beton file, or - for names of
+    files from standard input. A call that was stopped goes on with the same command.
+    """
+
+    path: tyro.conf.Positional[Path]
+    """A calibrated run folder, or an exported file."""
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """What to decide about."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("predictions.csv")
+    """The table to write: .csv, .json, .jsonl or .parquet."""
+    deciding: tyro.conf.OmitArgPrefixes[PredictOptions] = field(default_factory=PredictOptions)
+    """How."""
+    quiet: bool = False
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write one file that holds preprocessing, network, score, threshold and class names."""
+
+    run: tyro.conf.Positional[Path]
+    """A calibrated run folder."""
+    out: tyro.conf.Positional[Path]
+    """The file to write: .onnx or .pt2."""
+    model: str = ""
+    """The --model of a run of MODULE:CALLABLE once more: exporting imports that program."""
+    quiet: bool = False
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class VerifyExport:
+    """Replay the self-test that an exported file carries; exit code 1 where it fails."""
+
+    path: tyro.conf.Positional[Path]
+    """An .onnx or .pt2 file of `backmix export`."""
+    trust: bool = False
+    """Open a .pt2 file: torch runs what is in it, so only your own or a trusted party's."""
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Watch predictions: is the rejection rate what was promised? Exit code 3 where it is not."""
+
+    predictions: tyro.conf.Positional[tuple[Path, ...]]
+    """Tables of `backmix predict`, in the order in which they came about."""
+    watching: tyro.conf.OmitArgPrefixes[MonitorOptions]
+    """How."""
+    quiet: bool = False
+    """No progress."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +354,68 @@ def _report(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def _calibrate(arguments: Sequence[str]) -> int:
+    asked = _ask(Calibrate, "calibrate", arguments)
+    from backmix.train.decide.calibrate import calibrate
+    from backmix.train.log import Progress
+
+    progress = Progress(asked.quiet)
+    words = ["backmix", "calibrate", *arguments]
+    print(calibrate(asked.run, asked.choosing, words, say=progress.show, tell=_say(progress)))
+    return DONE
+
+
+def _predict(arguments: Sequence[str]) -> int:
+    asked = _ask(Predict, "predict", arguments)
+    if not asked.sources:
+        return _usage("backmix predict needs images: files, folders, tars, .beton files, or -")
+    from backmix.train.decide.predict import predict
+    from backmix.train.log import Progress
+
+    progress = Progress(asked.quiet)
+    summary = predict(
+        asked.path,
+        asked.sources,
+        asked.out,
+        asked.deciding,
+        stdin=sys.stdin.buffer if sys.stdin else None,
+        say=progress.show,
+        tell=_say(progress),
+    )
+    print(summary)
+    return summary.exit_code
+
+
+def _export(arguments: Sequence[str]) -> int:
+    asked = _ask(Export, "export", arguments)
+    from backmix.train.decide.export import export
+    from backmix.train.log import Progress
+
+    print(export(asked.run, asked.out, model=asked.model, say=Progress(asked.quiet).show))
+    return DONE
+
+
+def _verify_export(arguments: Sequence[str]) -> int:
+    asked = _ask(VerifyExport, "verify-export", arguments)
+    from backmix.train.decide.verify import verify_export
+
+    print(verify_export(asked.path, trust=asked.trust))
+    return DONE
+
+
+def _monitor(arguments: Sequence[str]) -> int:
+    asked = _ask(Monitor, "monitor", arguments)
+    if not asked.predictions:
+        return _usage("backmix monitor needs a table of `backmix predict`")
+    from backmix.train.decide.monitor import monitor
+    from backmix.train.log import Progress
+
+    progress = Progress(asked.quiet)
+    words, changed = monitor(asked.predictions, asked.watching, say=progress.show)
+    print(words)
+    return RECALIBRATE if changed else DONE
+
+
 def _table(arguments: Sequence[str]) -> int:
     asked = _ask(Table, "table", arguments)
     from backmix.train.table import run_table
@@ -315,6 +447,11 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "bench-step": (_bench_step, "what loader and step of a recipe can do, alone and together"),
     "status": (_status, "how a run stands, as an exit code for schedulers"),
     "evaluate": (_evaluate, "scores and open-set metrics of a run"),
+    "calibrate": (_calibrate, "a threshold with a guarantee, from held-out known images"),
+    "predict": (_predict, "accept or reject images: one row each, as csv, json or parquet"),
+    "export": (_export, "one file to ship: preprocessing, network, score and threshold"),
+    "verify-export": (_verify_export, "replay the self-test of an exported file"),
+    "monitor": (_monitor, "is the rejection rate still what was promised?"),
     "table": (_table, "a whole grid of methods, class lists and seeds, as one table"),
     "report": (_report, "one page about one or several runs"),
     "demo": (_demo, "the whole road on synthetic images"),
@@ -352,7 +489,7 @@ def _help() -> str:
 
     lines = [f"backmix {__version__}: open-set recognition regularised by image backgrounds", ""]
     lines += ["usage: backmix COMMAND [--help] [options]", ""]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
     lines += ["", "--debug after any command shows the traceback of an error."]
     return "\n".join(lines)
 

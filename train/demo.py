@@ -1,10 +1,12 @@
 """`backmix demo`: the whole road on images made on the spot, with an honest table at its end.
 
-Data, conversion, nine training runs (three methods, three seeds), evaluation and report, each
-step by the same commands that a user types. What is finished is not done again, so the same
-command goes on after an interruption. Nothing here is needed by any other part.
+Data, conversion, nine training runs (three methods, three seeds), evaluation, for one run a
+threshold and its decisions, and a report, each step by the same commands that a user types.
+Networks that are trained are not trained again, so the same command goes on after an interruption.
+Nothing here is needed by any other part.
 """
 
+import csv
 import json
 import time
 from collections import deque
@@ -29,6 +31,10 @@ METHODS = {
     "backmix": "BackMix (CAM mask)",
 }
 """Recipes are `demo-NAME`; the baseline first."""
+RATE = "0.05"
+"""Share of known images that may be rejected."""
+DECIDED = ("test", "unknown")
+"""Sets that are decided about: known images, and unknown ones."""
 GRID = 4
 """Side of the network's last feature map, and of a mask [cells]."""
 
@@ -78,26 +84,29 @@ def run_demo(
         raise ValueError("the demo needs at least one seed")
     began = time.monotonic()
     folders = [out / f"seed{seed}" for seed in seeds]
-    say(f"1/4 making and converting {sum(SIZES.values()):,} images for each of {len(seeds)} seeds")
+    say(f"1/5 making and converting {sum(SIZES.values()):,} images for each of {len(seeds)} seeds")
     for seed, folder in zip(seeds, folders, strict=True):
         prepare_data(folder, seed)
 
     left = [job for seed, folder in zip(seeds, folders, strict=True) for job in jobs(folder, seed)]
     workers = max(1, min(workers or usable_cores(), len(left)))
-    say(f"2/4 training and evaluating {len(left)} small networks, {workers} at a time")
+    say(f"2/5 training and evaluating {len(left)} small networks, {workers} at a time")
     run_jobs(left, workers, say)
 
-    say("3/4 writing the report")
+    say("3/5 choosing a threshold, and deciding about the test images")
+    run_jobs([Job("threshold", deque(decisions(folders[0])), out / "threshold.log")], 1, say)
+
+    say("4/5 writing the report")
     runs = [str(folder / "runs" / method) for method in METHODS for folder in folders]
     report = ["report", *runs, "-o", str(out / "report.html")]
     run_jobs([Job("report", deque([report]), out / "report.log")], 1, say)
 
     results = {method: [read_result(folder, method) for folder in folders] for method in METHODS}
     fixed = float(np.mean([fixed_mask_hit(folder / "images" / "masks") for folder in folders]))
-    table = outcome(results, fixed)
+    table = outcome(results, fixed) + decided(folders[0])
     write_atomically(out / "table.txt", table.encode())
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    say(f"4/4 the outcome, after {minutes} min {seconds:02d} s\n\n{table}")
+    say(f"5/5 the outcome, after {minutes} min {seconds:02d} s\n\n{table}")
     say(f"Curves and pictures: {out / 'report.html'}")
     return 0
 
@@ -132,6 +141,32 @@ def jobs(folder: Path, seed: int) -> list[Job]:
         if commands:
             left.append(Job(f"seed {seed}, {METHODS[method]}", commands, run.with_suffix(".log")))
     return left
+
+
+def decisions(folder: Path) -> list[list[str]]:
+    """Return the commands that choose a threshold for the BackMix run of one seed, and use it."""
+    run = str(folder / "runs" / "backmix")
+    calibrate = ["calibrate", run, "--reject-rate", RATE]
+    commands = [[*calibrate, "--data", str(folder / "calibration.beton")]]
+    for name in DECIDED:
+        table = str(folder / f"{name}.csv")
+        commands.append(["predict", run, str(folder / f"{name}.beton"), "-o", table])
+    return commands
+
+
+def decided(folder: Path) -> str:
+    """Say what share of known and unknown test images was rejected."""
+    lines = [
+        "",
+        "A threshold for BackMix on seed 0, at which a known image is rejected with probability",
+        f"{100 * float(RATE):g} % at most, from {SIZES['calibration']} held-out images "
+        "(backmix calibrate, backmix predict):",
+    ]
+    for name in DECIDED:
+        with open(folder / f"{name}.csv", newline="") as file:
+            rejected = [row["decision"] == "reject" for row in csv.DictReader(file)]
+        lines.append(f"- {name}: {np.mean(rejected):.1%} of {len(rejected):,} images are rejected.")
+    return "\n".join([*lines, ""])
 
 
 def read_result(folder: Path, method: str) -> Result:

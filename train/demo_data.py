@@ -25,8 +25,8 @@ BACKGROUNDS = ("temple", "flower", "stripes", "checkers", "clouds", "dots")
 CORRELATION = 0.75
 """Share of the known images that take their class's kind of background for certain; the others
 take any of the six, their own one too, so that it is 0.75 + 0.25 / 6 = 79 % in all."""
-SIZES = {"train": 2400, "test": 1200, "unknown": 1200, "conflict": 600}
-"""Images of each set."""
+SIZES = {"train": 2400, "test": 1200, "unknown": 1200, "conflict": 600, "calibration": 600}
+"""Images of each set, in the order in which they are drawn."""
 
 _DIGIT_SPLIT = 0.6
 _NOISE = 6.0
@@ -60,10 +60,11 @@ def digit_pools() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_sets(seed: int, correlation: float = CORRELATION) -> tuple[dict[str, Scenes], np.ndarray]:
-    """Draw the four sets of one seed.
+    """Draw the sets of one seed.
 
-    `train` and `test` hold known classes, mostly on their class's background; `unknown` holds the
-    other digits and `conflict` known ones, both with every background equally likely.
+    `train`, `test` and `calibration` hold known classes, mostly on their class's background;
+    `unknown` holds the other digits and `conflict` known ones, both with every background equally
+    likely.
 
     Returns (sets by name, kind of background of each known class int64 [KNOWN]).
     """
@@ -75,7 +76,7 @@ def draw_sets(seed: int, correlation: float = CORRELATION) -> tuple[dict[str, Sc
         first, last = (KNOWN, 10) if name == "unknown" else (0, KNOWN)
         digits = np.arange(first, last).repeat(count // (last - first))
         backgrounds = rng.integers(len(BACKGROUNDS), size=count)
-        if name in ("train", "test"):
+        if name in ("train", "test", "calibration"):
             typical = rng.random(count) < correlation
             backgrounds = np.where(typical, own[digits], backgrounds)
         pool = train_pool if name == "train" else test_pool
@@ -138,7 +139,7 @@ def write_demo_data(folder: Path, seed: int, correlation: float = CORRELATION) -
 
     `correlation` is the share of known images that take their class's kind of background for sure.
 
-    `folder` gets `train`, `test`, `unknown` and `conflict`, each with
+    `folder` gets `train`, `test`, `unknown`, `conflict` and `calibration`, each with
     `digitD/NUMBER-BACKGROUND.jpg`, and `masks` with the training images' true foreground under
     the same names as PNG: 255 on the object, 0 elsewhere. The same seed gives the same bytes.
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backmix.pipeline.loader import LARGEST_VIEW, MOST_THREADS
 from backmix.train import protocols
 from backmix.train.checkpoint import locked, sync_folder, write_atomically
@@ -31,17 +29,16 @@ from backmix.train.image_sets import (
 )
 from backmix.train.judge import Scored, judge, scored
 from backmix.train.log import GrowingFile
-from backmix.train.models.build import Model
 from backmix.train.models.heads import Reconstruction
 from backmix.train.options import EvaluateOptions, Ssod, host_of
 from backmix.train.outputs import Outputs, store
 from backmix.train.pace import Pace
-from backmix.train.passes import Viewing, learn_cssr, run_pass
+from backmix.train.passes import Viewing, device_of, learn_cssr, run_pass, seen_at, try_size
 from backmix.train.scores import Fit, fit_scores, linear_head
 from backmix.train.scores.cssr import CssrFit
 from backmix.train.trained import Trained, load_model, read_run
 from backmix.train.training_images import HELD_OUT, TRAIN, training_images
-from backmix.train.world import World, cores, gpu, joined
+from backmix.train.world import World, cores, joined
 
 
 def evaluate(
@@ -93,14 +90,14 @@ def _evaluate(
         raise ValueError(f"--size must be 1 to {LARGEST_VIEW} pixels, got {options.size}")
     if options.train and not options.fit:
         raise ValueError("--train names the images that scores are fitted to: add --fit")
-    device = _device(options.device, world)
+    device = device_of(options.device, world)
     if world.size > 1:
         options = replace(options, threads=options.threads or cores(world))
     with locked(run) if world.first else nullcontext():
         model = load_model(run, options.model).to(device)
-        trained_at, trained = trained.loader.size, _seen_at(trained, options.size)
+        trained_at, trained = trained.loader.size, seen_at(trained, options.size)
         if trained.loader.size != trained_at:
-            _try_size(model, trained.loader.size, device)
+            try_size(model, trained.loader.size, device)
         sets = image_sets(trained, options)
         _refuse_names(sets.images)
         own = training_images(trained, options.train) if options.fit else []
@@ -234,24 +231,6 @@ def _beside(folder: Path) -> Iterator[Path]:
     new.rmdir()
 
 
-def _seen_at(trained: Trained, size: int) -> Trained:
-    """Return a run that is shown views of another side [pixels]; 0 = its own."""
-    options = trained.options
-    if not size:
-        return trained
-    return replace(trained, options=replace(options, loader=replace(options.loader, size=size)))
-
-
-def _try_size(model: Model, size: int, device: torch.device) -> None:
-    """Refuse views that the network cannot be shown."""
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, 3, size, size, device=device))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ValueError(f"--size {size}: the network takes no such views ({first})") from error
-
-
 def _header(
     viewing: Viewing, trained_at: int, known: Outputs, sets: Sets, fit: Fit | None
 ) -> dict[str, Any]:
@@ -326,14 +305,3 @@ def closed_gate(trained: Trained) -> list[str]:
         "the rejection head has learned nothing: its gate never opened (gate and known_share in "
         "log.jsonl), so its scores mean nothing; train longer, or begin with --init"
     ]
-
-
-def _device(asked: str, world: World) -> torch.device:
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    elif asked == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device, or torch cannot use it")
-    if asked == "cuda" and world.size > 1:
-        torch.cuda.set_device(gpu(world.local_rank))
-        return torch.device("cuda", gpu(world.local_rank))
-    return torch.device(asked)

@@ -78,6 +78,26 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """A rate over time, window by window, and between which values it is expected; B windows."""
+
+    edges: np.ndarray
+    """float [B + 1]: where the windows begin and end, on the horizontal axis."""
+    rate: np.ndarray
+    """float [B]."""
+    expected: np.ndarray
+    """float [B]."""
+    usual: tuple[np.ndarray, np.ndarray]
+    """float [B] each: least and greatest of a single window that is nothing special."""
+    limits: tuple[np.ndarray, np.ndarray]
+    """float [B] each: least and greatest of a window that is no alarm."""
+    outside: np.ndarray
+    """bool [B]: alarms."""
+    change: float | None = None
+    """Where a change begins, on the horizontal axis."""
+
+
+@dataclass(frozen=True)
 class Scatter:
     """Points in a plane whose axes mean nothing by themselves."""
 
@@ -149,6 +169,67 @@ def histogram_chart(
         return _svg(figure)
 
 
+def rate_chart(rates: Rates, x_label: str, y_label: str) -> str:
+    """Return a rate over time with the band that is expected, as SVG text."""
+    with _style():
+        figure, axis = _wide()
+        axis.set(xlabel=x_label, ylabel=y_label, xlim=(rates.edges[0], rates.edges[-1]))
+        low, high = (np.append(ends, ends[-1]) for ends in rates.usual)
+        band = axis.fill_between(
+            rates.edges, low, high, step="post", color="#56b4e9", alpha=0.35, linewidth=0
+        )
+        limit = {"color": "#0072b2", "linestyle": "--", "linewidth": 1.2}
+        lines = [axis.stairs(ends, rates.edges, baseline=None, **limit) for ends in rates.limits]
+        expected = axis.stairs(
+            rates.expected, rates.edges, baseline=None, color="#111111", linewidth=1
+        )
+        middle = (rates.edges[1:] + rates.edges[:-1]) / 2
+        looks: tuple[dict[str, Any], ...] = (
+            {"marker": "o", "markersize": 4.5, "color": "#009e73", "linestyle": "none"},
+            {"marker": "X", "markersize": 8, "color": "#d55e00", "linestyle": "none"},
+        )
+        inside, outside = (
+            axis.plot(middle[some], rates.rate[some], **look)[0]
+            for some, look in zip((~rates.outside, rates.outside), looks, strict=True)
+        )
+        handles: list[Any] = [inside, outside, expected, band, lines[0]]
+        names = ["a window", "an alarm", "expected", "95% of single windows", "limits of alarms"]
+        if rates.change is not None:
+            handles.append(
+                axis.axvline(rates.change, color="#cc79a7", linestyle=":", linewidth=2.2)
+            )
+            names.append("change begins")
+        axis.set_ylim(bottom=0)
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+        return _svg(figure)
+
+
+def cells_chart(
+    edges: np.ndarray, found: np.ndarray, low: np.ndarray, high: np.ndarray, x_label: str
+) -> str:
+    """Return shares of cells, as multiples of what is expected of them, as SVG text.
+
+    Args:
+        edges: of the cells, float [J + 1].
+        found: the multiples, float [J].
+        low, high: least and greatest of a cell that is nothing special, float [J] each.
+        x_label: of the horizontal axis.
+    """
+    with _style():
+        figure, axis = _wide()
+        axis.set(xlabel=x_label, ylabel="images, expected = 1", xlim=(edges[0], edges[-1]))
+        least, most = (np.append(ends, ends[-1]) for ends in (low, high))
+        band = axis.fill_between(
+            edges, least, most, step="post", color="#56b4e9", alpha=0.35, linewidth=0
+        )
+        axis.axhline(1, color="#111111", linewidth=1)
+        bars = axis.stairs(found, edges, baseline=None, color="#d55e00", linewidth=2)
+        axis.set_ylim(bottom=0)
+        names = ["these images", "95% of single cells, if nothing changed"]
+        figure.legend([bars, band], names, loc="outside lower center", ncols=2)
+        return _svg(figure)
+
+
 def scatter_chart(panels: Sequence[Scatter]) -> str:
     """Return one panel per scatter with one legend below them, as SVG text.
 
@@ -208,6 +289,17 @@ def _figure(panels: int, legend_rows: int) -> "tuple[Figure, list[Axes]]":
         axis.grid(True, color="#b0b0b1", linewidth=0.5)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def _wide() -> "tuple[Figure, Axes]":
+    """Return a figure of one panel over the whole width, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] + 0.3), layout="constrained")
+    axis = figure.add_subplot()
+    axis.grid(True, color="#b0b0b1", linewidth=0.5)
+    axis.set_axisbelow(True)
+    return figure, axis
 
 
 @contextmanager

@@ -239,9 +239,19 @@ def _samples(
 
 
 def image_files(folder: Path) -> list[Item]:
-    """Return the images below a folder by relative path, unknown; hidden files are passed over."""
+    """Return the images below a folder by relative path, unknown; hidden files are passed over.
+
+    Raises OSError naming a folder that cannot be listed: how many images it holds nobody can tell.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise OSError(
+            f"the folder {error.filename} cannot be listed ({error.strerror}): make it readable, "
+            "or move it away"
+        ) from error
+
     found = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:

@@ -1,15 +1,15 @@
 """How fast a pass over images goes, and what held it up: the loader or the network."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backmix.pipeline.batch import Batch
-
+Some = TypeVar("Some", bound=Sized)
 Moment = float | torch.cuda.Event
 """A point of a device's queue: seconds of the host's clock on a CPU, an event on a GPU."""
 
@@ -75,7 +75,7 @@ class Pace:
             "waiting": round(self.waited / max(self.seconds, 1e-9), 3),
         }
 
-    def arriving(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def arriving(self, batches: Iterator[Some]) -> Iterator[Some]:
         """Yield batches, counting their images and the seconds until each was there."""
         while True:
             asked = time.perf_counter()

@@ -31,7 +31,7 @@ from backmix.train.pace import Moment, OnTheirWay, Pace, moment
 from backmix.train.scores import image_cues, odin
 from backmix.train.scores.cssr import CssrFit, cell_figures
 from backmix.train.trained import Trained
-from backmix.train.world import World
+from backmix.train.world import World, gpu
 
 AT_ONCE = 4096
 """Rows that are taken at a time from what another process found."""
@@ -63,7 +63,7 @@ class Viewing:
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
+class Side:
     """Views of one batch, and what the network says of them."""
 
     views: torch.Tensor
@@ -79,7 +79,7 @@ class _Seen:
     """One batch as the network sees it."""
 
     batch: Batch
-    sides: tuple[_Side, ...]
+    sides: tuple[Side, ...]
     """The views and, with --flip, their mirror images."""
     began: Moment
     """Where the device's work on them begins."""
@@ -151,6 +151,40 @@ def run_pass(
         digest=reading.digest,
         bad=tuple(reading.bad),
     )
+
+
+def seen_at(trained: Trained, size: int) -> Trained:
+    """Return a run that is shown views of another side [pixels]; 0 = its own."""
+    options = trained.options
+    if not size:
+        return trained
+    return replace(trained, options=replace(options, loader=replace(options.loader, size=size)))
+
+
+def try_size(model: Model, size: int, device: torch.device) -> None:
+    """Refuse views that the network cannot be shown."""
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"--size {size}: the network takes no such views ({first})") from error
+
+
+def device_of(asked: str, world: World | None = None) -> torch.device:
+    """Return the device that `auto`, `cpu` or `cuda` stands for.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    elif asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device, or torch cannot use it")
+    if asked == "cuda" and world is not None and world.size > 1:
+        torch.cuda.set_device(gpu(world.local_rank))
+        return torch.device("cuda", gpu(world.local_rank))
+    return torch.device(asked)
 
 
 def share(images: ImageSet, batch: int, rank: int, size: int) -> tuple[ImageSet, int]:
@@ -244,40 +278,58 @@ def _walk(viewing: Viewing, images: ImageSet, reading: Reading, pace: Pace) -> I
         with torch.inference_mode():
             views = unmixed(batch, viewing.trained.augment, None)
             shown = (views, views.flip(3)) if options.flip else (views,)
-            sides = tuple(_see(viewing, side) for side in shown)
+            sides = tuple(see(viewing.model, side, options.precision) for side in shown)
         yield _Seen(batch, sides, began)
         done += len(batch)
         viewing.say(f"{images.name}: {done:,} of {len(images):,} images")
 
 
-def _see(viewing: Viewing, views: torch.Tensor) -> _Side:
-    with _autocast(viewing):
-        logits, maps = viewing.model(views)
-    return _Side(views, logits, maps)
+def see(model: Model, views: torch.Tensor, precision: str) -> Side:
+    """Show a network views; call it in inference mode.
+
+    Args:
+        model: in evaluation mode.
+        views: float32 [n, 3, H, W], normalised, on the model's device.
+        precision: fp32 or bf16.
+    """
+    with _autocast(views.device, precision):
+        logits, maps = model(views)
+    return Side(views, logits, maps)
 
 
-def _said(viewing: Viewing, side: _Side, cssr: CssrFit | None) -> dict[str, torch.Tensor]:
-    """Return what is stored of views, by its name in the file: [n, K], [n, C], or [n] each."""
-    model = viewing.model
+@torch.inference_mode()
+def say_of(
+    model: Model, side: Side, cssr: CssrFit | None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return what scores are made of: logits, pooled features, and extras by name.
+
+    float32 [n, K], float32 [n, C], and [n] each: the rejection head's logit, and CSSR's figures,
+    of which there is but the first where `cssr` is None.
+    """
     extras: dict[str, torch.Tensor] = {}
-    with torch.inference_mode():
-        features = side.maps.float().mean((2, 3))
-        if model.rejection is not None:
-            extras["rejection"] = model.rejection(features).squeeze(1)
-        if isinstance(model.head, Reconstruction):
-            if cssr is None:
-                extras |= cell_figures(model, side.logits, side.maps)
-            else:
-                extras |= cssr.figures(side.logits, side.maps)
+    features = side.maps.float().mean((2, 3))
+    if model.rejection is not None:
+        extras["rejection"] = model.rejection(features).squeeze(1)
+    if isinstance(model.head, Reconstruction):
+        if cssr is None:
+            extras |= cell_figures(model, side.logits, side.maps)
+        else:
+            extras |= cssr.figures(side.logits, side.maps)
+    return side.logits.float(), features, extras
+
+
+def _said(viewing: Viewing, side: Side, cssr: CssrFit | None) -> dict[str, torch.Tensor]:
+    """Return what is stored of views, by its name in the file: [n, K], [n, C], or [n] each."""
+    found, features, extras = say_of(viewing.model, side, cssr)
     if viewing.options.odin:
 
         def logits(views: torch.Tensor) -> torch.Tensor:
-            with _autocast(viewing):
-                return model(views)[0]
+            with _autocast(viewing.device, viewing.options.precision):
+                return viewing.model(views)[0]
 
         extras["odin"] = odin(logits, side.views, viewing.trained.augment.std)
     return {
-        "logits": side.logits.float(),
+        "logits": found,
         "features": features,
         **{EXTRA + name: extra for name, extra in extras.items()},
     }
@@ -290,8 +342,8 @@ def _mean(sides: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor
     return {name: torch.stack([side[name] for side in sides]).mean(0) for name in sides[0]}
 
 
-def _autocast(viewing: Viewing) -> torch.autocast:
-    return torch.autocast(viewing.device.type, torch.bfloat16, viewing.options.precision == "bf16")
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16")
 
 
 def _beton_batches(

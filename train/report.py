@@ -6,7 +6,6 @@ escapes everything but the charts.
 """
 
 import base64
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from backmix.train import metrics
-from backmix.train.checkpoint import write_atomically
 from backmix.train.claims import (
     Evidence,
     Network,
@@ -28,6 +26,7 @@ from backmix.train.claims import (
     stored_images,
     surrogate_features,
 )
+from backmix.train.decide.colleague import for_colleagues
 from backmix.train.figures import (
     Chart,
     Histogram,
@@ -41,6 +40,7 @@ from backmix.train.figures import (
 )
 from backmix.train.options import PreviewOptions, Ssod, host_of
 from backmix.train.outputs import Outputs
+from backmix.train.page import check_page, embedded, write_page
 from backmix.train.preview import grid_picture, map_picture, run_examples
 from backmix.train.results import (
     COMPARED,
@@ -117,41 +117,26 @@ def write_report(runs: Sequence[Path], out: Path, program: str = "") -> str:
             same run twice; or the packages of the extra `report` are not installed.
         OSError: `out` cannot be written.
     """
-    if not out.name:
-        raise ValueError("the page needs a name: -o FILE.html")
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"the report needs the package {error.name}: pip install 'backmix[report]'"
-        ) from error
-    if not out.parent.is_dir():
-        raise ValueError(f"{out} cannot be written: there is no folder {out.parent}")
+    check_page(out, "report")
     groups = read_all(runs)
     results = tables(groups)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(
-        title=_title(groups),
-        facts=_facts(groups),
-        tables=[(table, *_folded(table, groups)) for table in results],
-        score_names=SCORE_NAMES,
-        metric_names=METRICS,
-        compared=COMPARED,
-        markdown=markdown(results),
-        charts=_charts(groups, results),
-        pictures=_pictures(groups),
-        claims=_claims(groups, program),
-        run_rows=_run_rows(groups),
-        health=_health(groups),
-        numbers=_embedded(_numbers(groups)),
-    )
-    write_atomically(out, page.encode())
+    values = {
+        "title": _title(groups),
+        "facts": _facts(groups),
+        "colleagues": for_colleagues(groups),
+        "tables": [(table, *_folded(table, groups)) for table in results],
+        "score_names": SCORE_NAMES,
+        "metric_names": METRICS,
+        "compared": COMPARED,
+        "markdown": markdown(results),
+        "charts": _charts(groups, results),
+        "pictures": _pictures(groups),
+        "claims": _claims(groups, program),
+        "run_rows": _run_rows(groups),
+        "health": _health(groups),
+        "numbers": embedded(_numbers(groups)),
+    }
+    write_page(out, "report.html.j2", values)
     return markdown(
         [
             replace(table, rows=tuple(row for _, rows in _folded(table, groups)[0] for row in rows))
@@ -281,14 +266,6 @@ def _numbers(groups: Sequence[Group]) -> dict[str, Any]:
             for group in groups
         ]
     }
-
-
-def _embedded(value: Any) -> str:
-    """Return JSON that may stand inside a script element: nothing in it can end the element."""
-    text = json.dumps(value)
-    for letter in "<>&":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return text
 
 
 # --- charts -------------------------------------------------------------------------------------

@@ -116,20 +116,21 @@ class Config:
                 "digest": data.digest,
                 "samples": samples,
             },
-            versions={
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in ("torch", "numpy")},
-                "backmix": _version(),
-            },
-            commit=_commit(),
+            versions=versions(),
+            commit=commit(),
             command=shlex.join(command),
         )
 
 
-def _version() -> str:
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
     import backmix
 
-    return backmix.__version__
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "numpy")},
+        "backmix": backmix.__version__,
+    }
 
 
 def as_document(run: Run) -> dict[str, Any]:
@@ -287,7 +288,7 @@ def _differences(
     return found
 
 
-def _commit() -> str:
+def commit() -> str:
     """Return the commit of the source tree that this runs from, with + where it was changed."""
     here = Path(__file__).resolve()
 

@@ -11,24 +11,33 @@ TRAIN, HELD_OUT = "train", "val"
 """Names of the sets of training and of held-out images."""
 
 
-def training_images(trained: Trained, moved: tuple[Path, ...] = ()) -> list[BetonImages]:
+class MissingImagesError(ValueError):
+    """The training file is not where it was, and nobody has said where it is."""
+
+
+def training_images(
+    trained: Trained,
+    moved: tuple[Path, ...] = (),
+    purpose: str = "scores are fitted to the training images",
+) -> list[BetonImages]:
     """Return the images that a run learned from, and where --val held some out, these as well.
 
     Args:
         trained: the run.
         moved: its training file or files, where they no longer lie where the run read them.
+        purpose: what they are needed for, for the message where they are not there.
 
     Raises:
-        ValueError: the files are not there, or not those of the run.
+        MissingImagesError: the files are not there.
+        ValueError: they are not those of the run, or damaged.
     """
     files = moved or trained.files
     where = ", ".join(map(str, files))
     try:
         data = open_set(files)
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{error.filename} is not there, and scores are fitted to the training images: name "
-            "the file with --train FILE"
+        raise MissingImagesError(
+            f"{error.filename} is not there, and {purpose}: name the file with --train FILE"
         ) from error
     with data:
         if data.digest != trained.digest:

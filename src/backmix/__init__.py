@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "Batch",
+    "Decision",
+    "Predictor",
     "auroc",
     "class_reconstruction",
     "convert",
+    "load",
     "location_confidence",
     "mix_background",
     "open_loader",
@@ -23,14 +26,20 @@ if TYPE_CHECKING:
     from backmix.pipeline.batch import Batch as Batch
     from backmix.pipeline.convert import convert as convert
     from backmix.pipeline.loader import open_loader as open_loader
+    from backmix.train.decide.decision import Decision as Decision
+    from backmix.train.decide.door import Predictor as Predictor
+    from backmix.train.decide.door import load as load
     from backmix.train.metrics import auroc as auroc
     from backmix.train.metrics import oscr as oscr
 
 _HOMES = {
     "Batch": "backmix.pipeline.batch",
+    "Decision": "backmix.train.decide.decision",
+    "Predictor": "backmix.train.decide.door",
     "auroc": "backmix.train.metrics",
     "class_reconstruction": "backmix.kernels.class_reconstruction",
     "convert": "backmix.pipeline.convert",
+    "load": "backmix.train.decide.door",
     "location_confidence": "backmix.kernels.location_confidence",
     "mix_background": "backmix.kernels.mix_background",
     "open_loader": "backmix.pipeline.loader",

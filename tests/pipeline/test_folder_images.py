@@ -120,6 +120,23 @@ def test_the_next_batch_is_decoded_while_one_is_in_hand(tmp_path: Path) -> None:
     assert reading.decoding > 0
 
 
+def test_images_that_wait_for_their_batch_hold_their_view_alone(tmp_path: Path) -> None:
+    (tmp_path / "x.bmp").touch()
+    Image.fromarray(photograph(1, 700, 700)).save(tmp_path / "x.bmp")
+    items = [Item("x.bmp", 0, str(tmp_path / "x.bmp"))] * 24
+    tracemalloc.start()
+    try:
+        batches = read_views(items, lambda p: central_view(p, 8, 1.0), batch=12, threads=2)
+        begun = next(batches)
+        assert len(begun) == 12
+        time.sleep(0.5)  # the second batch is read meanwhile
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert all(image.file_size == 3 * 700 * 700 + 54 for image in [*begun, *next(batches)])
+    assert held < 3 * 3 * 700 * 700, f"{held:,} bytes"
+
+
 def test_a_reading_that_is_left_early_ends_its_threads(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(jpeg(photograph(1)))
     items = [Item("x.jpg", 0, str(tmp_path / "x.jpg"))] * 40

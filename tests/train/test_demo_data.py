@@ -66,7 +66,9 @@ def test_the_sets_have_their_sizes_and_classes(written: Path) -> None:
     expected = {f"{name}/digit{digit}": 400 for name in ("train", "masks") for digit in range(6)}
     expected |= {f"test/digit{digit}": 200 for digit in range(6)}
     expected |= {f"unknown/digit{digit}": 300 for digit in (6, 7, 8, 9)}
-    expected |= {f"conflict/digit{digit}": 100 for digit in range(6)}
+    expected |= {
+        f"{name}/digit{digit}": 100 for name in ("conflict", "calibration") for digit in range(6)
+    }
     assert counts == expected
 
 

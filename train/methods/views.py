@@ -60,9 +60,23 @@ def unmixed(
         dtype: of the views.
     """
     if drawn is None:
-        still = torch.zeros(len(batch), dtype=torch.bool, device=batch.pool.device)
-        return _shown(batch.pool, batch.rows, augment, still, None, dtype)
+        return normalised(batch.pool, batch.rows, augment, dtype)
     return _shown(batch.pool, batch.rows, augment, drawn.flip, drawn.shift, dtype)
+
+
+def normalised(
+    pool: Tensor, rows: Tensor, augment: Augment, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return images as they are but for (pixel - mean) / std, [n, 3, H, W] channels-last.
+
+    Args:
+        pool: uint8 [P, H, W, 3].
+        rows: which of them, int64 [n].
+        augment: mean and std.
+        dtype: of the views.
+    """
+    still = torch.zeros(len(rows), dtype=torch.bool, device=pool.device)
+    return _shown(pool, rows, augment, still, None, dtype)
 
 
 def _shown(

@@ -6,7 +6,7 @@ learns from the run's own training images. `every_score` returns all that apply 
 
 from backmix.train.scores.cssr import cssr
 from backmix.train.scores.cues import CUES, image_cues
-from backmix.train.scores.every import every_score, linear_head
+from backmix.train.scores.every import every_score, linear_head, score_of
 from backmix.train.scores.features import feature_norm, knn, mahalanobis, rmds
 from backmix.train.scores.fit import Fit, fit_scores
 from backmix.train.scores.heads import arpl, arpl_dot, ssod, ssod_joint
@@ -44,6 +44,7 @@ __all__ = [
     "react",
     "rmds",
     "scale",
+    "score_of",
     "ssod",
     "ssod_joint",
     "temperature",

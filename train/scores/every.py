@@ -1,6 +1,6 @@
 """All scores that apply to a network, by name: a score's name is its function's name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import nn
@@ -24,6 +24,16 @@ from backmix.train.scores.linear import (
 )
 from backmix.train.scores.logits import energy, gen, max_logit, msp, temperature
 from backmix.train.scores.rows import Floats, by_rows
+
+Formulas = dict[str, Callable[[], Floats]]
+"""How each score is computed, by its name."""
+NEED_FIT = frozenset(
+    {
+        *("temperature", "knn", "mahalanobis", "rmds"),
+        *("react", "dice", "vim", "fdbd", "nci", "cssr"),
+    }
+)
+"""Scores that are computed from what `fit_scores` learned."""
 
 
 def linear_head(head: nn.Module) -> LinearHead | None:
@@ -51,49 +61,112 @@ def every_score(
     Raises:
         ValueError: outputs that are not finite, with the number of images.
     """
-    z, f, extras = outputs.logits, outputs.features, outputs.extras
-    scores = {"msp": msp(z)}
+    formulas = _formulas(outputs.logits, outputs.features, outputs.extras, head, fit)
+    return {name: compute() for name, compute in formulas.items()}
+
+
+def score_of(
+    name: str,
+    logits: np.ndarray,
+    features: np.ndarray,
+    extras: Mapping[str, np.ndarray],
+    head: Head | None = None,
+    fit: Fit | None = None,
+) -> Floats:
+    """Return one of the scores of `every_score`, float64 [n]; nothing else is computed.
+
+    Args:
+        name: of the score.
+        logits: float [n, K].
+        features: pooled, float [n, C].
+        extras: what else was said of the images, [n] each.
+        head, fit: as in `every_score`.
+
+    Raises:
+        ValueError: outputs that are not finite, with the number of images.
+        KeyError: there is no such score for this head, fit and extras.
+    """
+    return _formulas(logits, features, extras, head, fit)[name]()
+
+
+def names_of_scores(head: nn.Module, rejection: bool) -> tuple[str, ...]:
+    """Return the names of `every_score` for a network, those with a fit included, cues excluded.
+
+    Args:
+        head: its class head.
+        rejection: whether it has a rejection head, too.
+    """
+    names = ["msp", "temperature"]
+    if not isinstance(head, Reconstruction):
+        names += ["max_logit", "energy"]
+    names += ["gen"]
+    if isinstance(head, nn.Linear):
+        names += ["ash_s", "scale", "react", "dice", "vim", "fdbd", "nci"]
+    names += ["knn", "mahalanobis", "rmds"]
+    if rejection:
+        names += ["ssod", "ssod_joint"]
+    if isinstance(head, ReciprocalPoints):
+        names += ["arpl", "arpl_dot"]
+    if isinstance(head, Reconstruction):
+        names += ["cssr_s0", "cssr"]
+    return tuple(names)
+
+
+def _formulas(
+    z: np.ndarray,
+    f: np.ndarray,
+    extras: Mapping[str, np.ndarray],
+    head: Head | None,
+    fit: Fit | None,
+) -> Formulas:
+    scores: Formulas = {"msp": lambda: msp(z)}
     if fit is not None:
-        scores["temperature"] = temperature(z, fit.temperature)
+        scores["temperature"] = lambda: temperature(z, fit.temperature)
     if not isinstance(head, Reconstruction):
         # The logits of CSSR are log p: their largest ranks as msp does, and their energy is 0.
-        scores["max_logit"] = max_logit(z)
-        scores["energy"] = energy(z)
-    scores["gen"] = gen(z)
+        scores["max_logit"] = lambda: max_logit(z)
+        scores["energy"] = lambda: energy(z)
+    scores["gen"] = lambda: gen(z)
     if "odin" in extras:
-        scores["odin"] = _plain("odin", extras)
+        scores["odin"] = lambda: _plain("odin", extras)
     if isinstance(head, nn.Linear):
         scores |= _of_linear(f, head, fit)
     if fit is not None:
-        scores["knn"] = knn(f, fit.bank, fit.k)
-        scores["mahalanobis"] = mahalanobis(f, fit.gaussians)
-        scores["rmds"] = rmds(f, fit.gaussians)
+        scores["knn"] = lambda: knn(f, fit.bank, fit.k)
+        scores["mahalanobis"] = lambda: mahalanobis(f, fit.gaussians)
+        scores["rmds"] = lambda: rmds(f, fit.gaussians)
     if "rejection" in extras:
-        scores["ssod"] = ssod(extras["rejection"])
-        scores["ssod_joint"] = ssod_joint(z, extras["rejection"])
+        scores["ssod"] = lambda: ssod(extras["rejection"])
+        scores["ssod_joint"] = lambda: ssod_joint(z, extras["rejection"])
     if isinstance(head, ReciprocalPoints):
-        scores["arpl"] = arpl(z)
-        scores["arpl_dot"] = arpl_dot(z, f)
+        scores["arpl"] = lambda: arpl(z)
+        scores["arpl_dot"] = lambda: arpl_dot(z, f)
     if "cssr_s0" in extras:
-        scores["cssr_s0"] = _plain("cssr_s0", extras)
-    if fit is not None and fit.cssr is not None:
-        scores["cssr"] = cssr(extras, fit.cssr)
-    scores["feature_norm"] = feature_norm(f)
-    return scores | {name: _plain(name, extras) for name in CUES if name in extras}
+        scores["cssr_s0"] = lambda: _plain("cssr_s0", extras)
+    if fit is not None and (standard := fit.cssr) is not None:
+        scores["cssr"] = lambda: cssr(extras, standard)
+    scores["feature_norm"] = lambda: feature_norm(f)
+    for name in CUES:
+        if name in extras:
+            scores[name] = lambda name=name: _plain(name, extras)
+    return scores
 
 
-def _of_linear(features: np.ndarray, module: nn.Linear, fit: Fit | None) -> dict[str, Floats]:
+def _of_linear(features: np.ndarray, module: nn.Linear, fit: Fit | None) -> Formulas:
     """Return the scores that compute the logits of a linear head anew."""
     head = linear_head(module)
     assert head is not None
-    scores = {"ash_s": ash_s(features, head), "scale": scale(features, head)}
-    if fit is not None and fit.linear is not None:
+    scores: Formulas = {
+        "ash_s": lambda: ash_s(features, head),
+        "scale": lambda: scale(features, head),
+    }
+    if fit is not None and (linear := fit.linear) is not None:
         mean = fit.gaussians.mean
-        scores["react"] = react(features, head, fit.linear.clip)
-        scores["dice"] = dice(features, head, mean)
-        scores["vim"] = vim(features, head, fit.linear.residual)
-        scores["fdbd"] = fdbd(features, head, mean)
-        scores["nci"] = nci(features, head, mean)
+        scores["react"] = lambda: react(features, head, linear.clip)
+        scores["dice"] = lambda: dice(features, head, mean)
+        scores["vim"] = lambda: vim(features, head, linear.residual)
+        scores["fdbd"] = lambda: fdbd(features, head, mean)
+        scores["nci"] = lambda: nci(features, head, mean)
     return scores
 
 

@@ -96,9 +96,14 @@ def dice(
         mean: of the training features, float [C].
         share: of the weights that are pruned.
     """
+    return _rebuilt(features, pruned(head, mean, share), lambda f: f)
+
+
+def pruned(head: LinearHead, mean: ArrayLike, share: float = DICE_SHARE) -> LinearHead:
+    """Return the head that DICE leaves; arguments as for `dice`."""
     given = head.weight * np.asarray(mean, np.float64)
     kept = np.where(given > np.percentile(given, 100 * share), head.weight, 0.0)
-    return _rebuilt(features, LinearHead(kept, head.bias), lambda f: f)
+    return LinearHead(kept, head.bias)
 
 
 def fdbd(features: ArrayLike, head: LinearHead, mean: ArrayLike) -> Floats:
@@ -173,12 +178,17 @@ def _rebuilt(features, head: LinearHead, change) -> Floats:
     )
 
 
-def _largest(f: Floats, share: float) -> tuple[np.ndarray, Floats]:
-    """Return which entries of rows [m, C] are kept, and exp(S1 / S2), [m, 1]; 1 where S2 = 0."""
+def largest_count(channels: int, share: float) -> int:
+    """Return how many of a feature's entries are kept where this share is pruned, at least 1."""
     if not 0 <= share < 1:
         raise ValueError(f"the share of pruned entries must be in [0, 1), got {share}")
+    return max(1, channels - round(channels * share))
+
+
+def _largest(f: Floats, share: float) -> tuple[np.ndarray, Floats]:
+    """Return which entries of rows [m, C] are kept, and exp(S1 / S2), [m, 1]; 1 where S2 = 0."""
     channels = f.shape[1]
-    count = max(1, channels - round(channels * share))
+    count = largest_count(channels, share)
     rows = np.arange(len(f))[:, None]
     kept = np.zeros(f.shape, bool)
     kept[rows, np.argpartition(f, channels - count, 1)[:, -count:]] = True
