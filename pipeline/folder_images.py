@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +54,13 @@ class Read:
     """Of the encoded image [bytes]."""
     mark: bytes
     """Identifies its name and its bytes; 16 bytes."""
-    view: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
-    box: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    size: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    problem: str = ""
-    """What is wrong with it, where there is no view."""
-    seconds: float = 0.0
+    view: np.ndarray
+    """uint8 [S, S, 3]; empty, as `box` and `size`, where it cannot be read."""
+    box: np.ndarray
+    size: np.ndarray
+    problem: str
+    """What is wrong with it; empty where there is a view."""
+    seconds: float
     """That it took."""
 
 
@@ -185,16 +185,18 @@ def read_views(
 
     def read(number: int) -> Read:
         began, item, data = time.perf_counter(), items[number], b""
-        found: dict[str, Any] = {}
+        view = box = size = np.empty(0)
+        problem = ""
         try:
             data = item.read()
             pixels = decode_rgb(data, limit)
-            found["view"], found["box"] = show(pixels)
-            found["size"] = np.array(pixels.shape[:2], np.int32)
-        except (ValueError, OSError) as error:
-            found = {"problem": problem_of(error)}
+            view, box = show(pixels)
+            size = np.array(pixels.shape[:2], np.int32)
+        except (ValueError, OSError, MemoryError) as error:
+            problem = problem_of(error)
         mark = _mark(item.name, data)
-        return Read(number, len(data), mark, **found, seconds=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Read(number, len(data), mark, view, box, size, problem, seconds)
 
     pending: deque[list[Future[Read]]] = deque()
     with decoding_threads(threads) as pool:
@@ -223,6 +225,8 @@ def digest_of(marks: bytes) -> str:
 
 def problem_of(error: Exception) -> str:
     """Return what is wrong with an image, without its name."""
+    if isinstance(error, MemoryError):
+        return "too little memory to decode it: fewer --threads may do"
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 

@@ -7,6 +7,7 @@ a checkpoint written and more to do; 130 interrupted with nothing to continue. `
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -534,9 +535,12 @@ def _text(error: BaseException) -> str:
 def main(argv: Sequence[str] | None = None) -> Any:
     """Enter from the console script: exit with the command's code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    # Pillow's, of images that are large and still within our own limit.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     try:
         code = run(arguments)
-        sys.stdout.flush()
+        if sys.stdout:  # closed by the caller: there is none
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED

@@ -1,6 +1,7 @@
 """Files as batches: what a view shows, what is left out, and how it is named."""
 
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from backmix.pipeline.folder_images import (
     box_view,
     central_view,
     read_batches,
+    read_views,
 )
 from backmix.pipeline.sources.source import Item
 from tests.images import jpeg, photograph
@@ -98,6 +100,30 @@ def test_what_cannot_be_read_is_left_out_and_named_with_its_line(tmp_path: Path)
     assert reading.file_sizes == [(tmp_path / "a.png").stat().st_size, len(whole)]
 
 
+def test_an_image_for_which_memory_does_not_suffice_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backmix.pipeline import folder_images
+
+    items = [Item(name, -1, str(tmp_path / name)) for name in ("a.jpg", "b.jpg")]
+    for number, item in enumerate(items):
+        Path(item.path).write_bytes(jpeg(photograph(number, 20, 20)))
+    real = folder_images.decode_rgb
+
+    def decode(data: bytes, *more: int) -> np.ndarray:
+        if data == Path(items[1].path).read_bytes():
+            raise MemoryError
+        return real(data, *more)
+
+    monkeypatch.setattr(folder_images, "decode_rgb", decode)
+    show = lambda pixels: box_view(pixels, np.array([0, 0, 20, 20], np.int32), 20)  # noqa: E731
+    (read,) = read_views(items, show, batch=2, threads=1)
+    assert [image.problem for image in read] == [
+        "",
+        "too little memory to decode it: fewer --threads may do",
+    ]
+
+
 def test_the_next_batch_is_decoded_while_one_is_in_hand(tmp_path: Path) -> None:
     items = []
     for number in range(8):
@@ -121,20 +147,26 @@ def test_the_next_batch_is_decoded_while_one_is_in_hand(tmp_path: Path) -> None:
 
 
 def test_images_that_wait_for_their_batch_hold_their_view_alone(tmp_path: Path) -> None:
-    (tmp_path / "x.bmp").touch()
     Image.fromarray(photograph(1, 700, 700)).save(tmp_path / "x.bmp")
     items = [Item("x.bmp", 0, str(tmp_path / "x.bmp"))] * 24
+    shown = threading.Semaphore(0)
+
+    def show(pixels: np.ndarray) -> Shown:
+        shown.release()
+        return central_view(pixels, 8, 1.0)
+
     tracemalloc.start()
     try:
-        batches = read_views(items, lambda p: central_view(p, 8, 1.0), batch=12, threads=2)
+        batches = read_views(items, show, batch=12, threads=2)
         begun = next(batches)
-        assert len(begun) == 12
-        time.sleep(0.5)  # the second batch is read meanwhile
+        for _ in items:
+            assert shown.acquire(timeout=30)
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert all(image.file_size == 3 * 700 * 700 + 54 for image in [*begun, *next(batches)])
-    assert held < 3 * 3 * 700 * 700, f"{held:,} bytes"
+    file_size = (tmp_path / "x.bmp").stat().st_size
+    assert [image.file_size for image in [*begun, *next(batches)]] == [file_size] * 24
+    assert held < 12 * file_size  # the last two may still be at work
 
 
 def test_a_reading_that_is_left_early_ends_its_threads(tmp_path: Path) -> None:

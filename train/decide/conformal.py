@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
+SMALLEST_RATE = Fraction(1, 10**9)
+"""A threshold for it takes a billion images."""
 MOST_ENTRIES = 4096
 """Entries of a table of p-values; of more calibration scores some are left out."""
 
@@ -29,7 +31,7 @@ def exact_rate(rate: str | float) -> Fraction:
     In floating point 0.29 * 100 is 28.999999999999996, and the rank one too small.
 
     Raises:
-        ValueError: no number, or not between 0 and 1.
+        ValueError: no number, not between 0 and 1, or less than `SMALLEST_RATE`.
 
     >>> exact_rate("0.05"), exact_rate(0.29)
     (Fraction(1, 20), Fraction(29, 100))
@@ -42,6 +44,8 @@ def exact_rate(rate: str | float) -> Fraction:
         raise ValueError(f"a rate is a number between 0 and 1 such as 0.05, got {rate}") from None
     if exact is None or not 0 < exact < 1:
         raise ValueError(f"a rate lies between 0 and 1, both excluded, got {rate}")
+    if exact < SMALLEST_RATE:
+        raise ValueError(f"a rate must be at least 1e-9, got {rate}")
     return exact
 
 
@@ -142,13 +146,13 @@ def benjamini_hochberg(p_values: ArrayLike, share: float) -> NDArray[np.bool_]:
             f"the share of known images among the shown ones is in (0, 1), got {share}"
         )
     p = np.asarray(p_values, np.float64)
-    known = np.sort(p[~np.isnan(p)])
+    there = np.sort(p[~np.isnan(p)])
     # Conformal p-values often lie on the line itself: rounding must not part them from it.
-    line = share * np.arange(1, len(known) + 1) * (1 + 1e-12)
-    passing = np.flatnonzero(known * len(known) <= line)
+    line = share * np.arange(1, len(there) + 1) * (1 + 1e-12)
+    passing = np.flatnonzero(there * len(there) <= line)
     if not len(passing):
         return np.zeros(len(p), bool)
-    return p <= known[passing[-1]]  # NaN is not
+    return p <= there[passing[-1]]  # NaN is not
 
 
 @dataclass(frozen=True, eq=False)

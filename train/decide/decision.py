@@ -43,7 +43,8 @@ class Decision:
 
 def failed(reason: str) -> Decision:
     """Return the decision about an image that could not be read."""
-    return Decision("error", reason=reason)
+    # A path in the reason may be no UTF-8, which no output could hold.
+    return Decision("error", reason=reason.encode(errors="backslashreplace").decode())
 
 
 def decisions(decided: Decisions, classes: tuple[str, ...]) -> list[Decision]:

@@ -122,7 +122,7 @@ class Predictor:
         def view(picture: Picture) -> np.ndarray | str:
             try:
                 pixels = _pixels(picture, limit_pixels)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, MemoryError) as error:
                 return problem_of(error)
             return usual_view(pixels, seen.size, seen.crop, seen.eval_crop)[0]
 

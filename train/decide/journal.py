@@ -149,8 +149,9 @@ class Journal:
 
     def remove(self) -> None:
         """Remove both files: the rows are elsewhere now."""
-        self.path.unlink(missing_ok=True)  # first: without it the other one means nothing
+        os.ftruncate(self._descriptor, 0)  # without rows the note means nothing
         self._note.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)  # last: the lock goes with it, and the next may begin
         sync_folder(self.path.parent)
 
     def __enter__(self) -> Self:

@@ -18,7 +18,8 @@ class CalibrateOptions:
     """Held-out known images: a .beton file, or a folder. Without it those that --val held out of
     the run's training."""
     known_only: bool = False
-    """--data: leave out images of classes that the run does not know; else they are an error."""
+    """--data: leave out images of classes that the run does not know, or of a folder those that lie
+    outside of its subfolders named as known classes; else they are an error."""
     score: str = ""
     """Score that decides, by its name in metrics.json; empty = the method's own, or max_logit."""
     confidence: float | None = None

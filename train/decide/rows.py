@@ -24,8 +24,8 @@ AT_ONCE = 65_536
 """Rows of a row group of parquet."""
 
 
-def refuse_out(out: Path) -> None:
-    """Refuse a file that cannot be written, before any work.
+def refuse_out(out: Path, run: Path) -> None:
+    """Refuse a file that cannot be written, or that lies in the run folder, before any work.
 
     Raises:
         ValueError: what is wrong, and what to do.
@@ -36,6 +36,8 @@ def refuse_out(out: Path) -> None:
         raise ValueError(f"-o {out} is a folder: name a file")
     if not out.parent.is_dir():
         raise ValueError(f"-o {out}: there is no folder {out.parent}")
+    if out.parent.resolve() == run.resolve():
+        raise ValueError(f"-o {out}: the files in a run folder are its own; choose another place")
     if out.suffix.lower() == ".parquet" and not importlib.util.find_spec("pyarrow"):
         raise ValueError(
             f"-o {out} needs pyarrow: pip install 'backmix[parquet]', or write .csv or .jsonl"

@@ -152,9 +152,23 @@ def conditional_rule(
     for number, (members, classes) in enumerate(deciding.items()):
         category[classes] = number
         rows = np.isin(c, members)
-        name = names[classes[0]] if len(classes) == 1 else f"{len(classes)} classes with few images"
-        made.append(_category(name, tuple(classes), members, s[rows], rate, confidence))
+        made.append(
+            _category(
+                _named(names, classes, members), tuple(classes), members, s[rows], rate, confidence
+            )
+        )
     return Rule("conditional", np.zeros(len(names)), category, tuple(made))
+
+
+def _named(names: Sequence[str], classes: Sequence[int], members: Sequence[int]) -> str:
+    """Return what a category is called: its classes, and whether others lend it their images."""
+    own = ", ".join(names[class_] for class_ in classes[:3])
+    own += f" and {len(classes) - 3:,} more" if len(classes) > 3 else ""
+    if len(members) == 1:
+        return own
+    return (
+        f"{own} (with all of {len(members):,} classes)" if len(classes) == 1 else f"{own} together"
+    )
 
 
 def _together(sizes: NDArray[np.int64], class_: int, least: int) -> tuple[int, ...]:
@@ -180,7 +194,6 @@ def shrunk_rule(
     classes: int,
     rate: Fraction,
     confidence: float | None = None,
-    seed: int = 0,
 ) -> Rule:
     """Return thresholds by class, each between the class's own and that of all classes.
 
@@ -195,7 +208,6 @@ def shrunk_rule(
         predicted: their classes, int [n].
         classes: K.
         rate, confidence: as for `global_rule`.
-        seed: of the halves.
 
     Raises:
         ValueError: too few images, with the number needed.
@@ -203,16 +215,16 @@ def shrunk_rule(
     s, c = _scores(scores), np.asarray(predicted, np.int64)
     if len(s) < 2 * (least := needed(rate, confidence)):
         raise too_few(len(s), 2 * least, rate, confidence, " in two halves")
-    first, second = halves(len(s), seed)
+    first, second = halves(len(s))
     offsets = _shrunk(s[first], c[first], classes, float(rate))
     rest = s[second] - offsets[c[second]]
     whole = _of_all(rest, classes, rate, confidence)
     return Rule("shrunk", offsets, np.zeros(classes, np.int64), (whole,))
 
 
-def halves(n: int, seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def halves(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the positions of n images in two drawn halves: of offsets, and of the threshold."""
-    order = np.argsort(draws.words(seed, 0, np.arange(n), "holdout", 2), kind="stable")
+    order = np.argsort(draws.words(0, 0, np.arange(n), "holdout", 2), kind="stable")
     return order[: n // 2], order[n // 2 :]
 
 

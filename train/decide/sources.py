@@ -225,6 +225,8 @@ def _names(listed: bytes) -> list[str]:
 
 def _members(path: str) -> Sequence[Item]:
     """List the images of a tar in stored order; of several members of a name the last counts."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        raise ValueError(f"{path} is not a file")
     found: dict[str, tuple[int, int]] = {}
     for member in tar_members(path):
         hidden = any(part.startswith(".") for part in member.name.split("/"))

@@ -32,7 +32,7 @@ def promise(record: Record, *also: str) -> str:
 
 def percent(share: float) -> str:
     """Return a share in percent, with digits enough for small ones."""
-    digits = 2 if share >= 0.001 else 4
+    digits = 2 if share >= 0.001 or not share else 4
     return f"{100 * share:.{digits}f} %"
 
 
@@ -98,7 +98,7 @@ def _promised(record: Record) -> list[str]:
                 f" (k / (n + 1) = {percent(parts[0].mean_rate)}). What this very threshold "
                 f"rejects lies between {percent(low)} and {percent(high)} with 95 % probability"
             )
-        said += "; --confidence 0.9 chooses a lower one, which keeps the rate in nine of ten cases"
+        said += _surer(record)
     else:
         sure = f"{100 * record.confidence:g} %"
         said = (
@@ -112,15 +112,28 @@ def _promised(record: Record) -> list[str]:
         )
     if record.rule.per_class == "conditional" and any(len(p.calibrated_on) > 1 for p in parts):
         least = needed(exact_rate(record.rate), record.confidence)
+        nearly = "" if record.confidence is None else ", and the confidence holds nearly"
         paragraphs.append(
             f"Classes with fewer than {least:,} images share a threshold, where need be with some "
-            "that have more: the rate is promised of them together, not of each."
+            f"that have more: the rate is promised of them together, not of each{nearly}."
         )
     paragraphs.append(
         "It holds while the images to come are like the calibration images; of unknown images "
         "nothing is promised."
     )
     return paragraphs
+
+
+def _surer(record: Record) -> str:
+    """Return what --confidence would do, or what it would need."""
+    parts, least = record.rule.categories, needed(exact_rate(record.rate), 0.9)
+    lower, n = "a lower one", parts[0].n
+    if len(parts) > 1:
+        lower, n = "lower ones", record.data["n"]
+    if n >= least:
+        return f"; --confidence 0.9 chooses {lower} to keep the rate in nine of ten cases"
+    least *= 2 if record.rule.per_class == "shrunk" else 1
+    return f"; --confidence 0.9, to keep the rate in nine of ten cases, needs {least:,} images"
 
 
 def _accuracy(record: Record) -> list[str]:

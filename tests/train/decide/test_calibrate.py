@@ -92,6 +92,7 @@ def test_held_out_images_give_the_threshold(place: Path) -> None:
     assert "2 of 40" in said and "at most 5 %" in said and "4.88 %" in said
     assert "0.61 % and 13.16 %" in said  # of Beta(2, 39)
     assert "of unknown images nothing is" in said
+    assert "needs 45 images" in said  # --confidence 0.9 would be refused
     accepted = open_decider(run, PredictOptions(device="cpu")).record.rule.decide(
         outputs.logits.argmax(1), outputs.scores["max_logit"]
     )[0]
@@ -115,13 +116,21 @@ def test_images_of_a_folder_are_taken_as_known(place: Path) -> None:
         path = folder / ("c" if number % 3 == 0 else "somewhere/deep") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
-    said = calibrated(place / "run", data=folder)
+    (folder / "somewhere" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    said = calibrated(place / "run", data=folder / "somewhere")
     record, outputs = read(place / "run"), stored(place / "run")
-    assert record.data["n"] == 60 and record.data["bad"] == 1
-    assert sorted(set(outputs.labels.tolist())) == [-1, 0]
-    assert record.data["labelled"] == 20
+    assert record.data["n"] == 40 and record.data["bad"] == 1
+    assert set(outputs.labels.tolist()) == {-1} and record.data["labelled"] == 0
     assert "taken as known" in said and "1 could not be read" in said
+    # Some images are of known classes for sure: are the others as well?
+    said = refusal(place / "run", data=folder)
+    assert "41 images outside of these" in said and "--known-only" in said
+    said = calibrated(place / "run", data=folder, known_only=True)
+    assert set(stored(place / "run").labels.tolist()) == {0} and read(place / "run").data["n"] == 20
+    assert "41 images outside" in said and "no calibration image is of a" in said
+    assert "no subfolder with images" in refusal(
+        place / "run", data=folder / "somewhere", known_only=True
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"confidence": 0.9}, {"per_class": True}])
@@ -307,7 +316,7 @@ def test_a_decoded_copy_of_a_training_jpeg_is_recognised(of_jpegs: Callable[...,
     place = of_jpegs()
     with open_set(place / "train.beton") as data:
         pixels = read_image(data, 3)[0]
-    Image.fromarray(pixels).save(place / "new" / "copy.png")
+    Image.fromarray(pixels).save(next((place / "new").iterdir()) / "copy.png")
     assert "1 of 41" in refusal(place / "run", data=place / "new")
 
 
@@ -459,6 +468,8 @@ def test_a_class_without_images_is_said_and_falls_into_the_pool(place: Path) -> 
     assert record.data["absent"] == ["a"] and "no calibration image is of a" in said
     assert sum(part.n for part in record.rule.categories) >= 80
     assert sorted(k for part in record.rule.categories for k in part.classes) == [0, 1]
+    assert "nearly" not in said
+    assert "holds nearly" in calibrated(place / "run", data=path, per_class=True, confidence=0.9)
 
 
 def test_a_class_that_the_file_does_not_even_name_moves_no_label(place: Path) -> None:

@@ -109,7 +109,21 @@ def test_rates_are_taken_as_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "rate", ["0", "1", "-0.1", "5 %", "nan", "inf", "1/0", "", "2/1", "1e-999999999", "1e999999999"]
+    "rate",
+    [
+        "0",
+        "1",
+        "-0.1",
+        "5 %",
+        "nan",
+        "inf",
+        "1/0",
+        "",
+        "2/1",
+        "1e-999999999",
+        "1e999999999",
+        "1e-10",
+    ],
 )
 def test_what_is_no_rate_is_refused(rate: str) -> None:
     with pytest.raises(ValueError, match="rate"):

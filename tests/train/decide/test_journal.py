@@ -51,6 +51,12 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reason_with_a_path_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:
+    with opened(tmp_path / "o.csv") as journal:
+        journal.append([failed("caf\udce9.tar ends before byte 9").row("a")])
+        assert next(journal.read())["reason"] == r"caf\udce9.tar ends before byte 9"
+
+
 def test_cut_anywhere_whole_batches_are_kept(tmp_path: Path) -> None:
     whole = filled(tmp_path / "o.csv", 3)
     part, note = tmp_path / "o.csv.part", tmp_path / "o.csv.part.json"
@@ -141,6 +147,23 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
             pass
     with opened(tmp_path / "o.csv") as journal:
         assert journal.rows == 4
+
+
+def test_removing_takes_nothing_from_the_next_writer(tmp_path: Path, monkeypatch) -> None:
+    real, following = Path.unlink, []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        real(path, missing_ok=missing_ok)
+        if path.suffix == ".part":
+            following.append(opened(tmp_path / "o.csv"))
+
+    with opened(tmp_path / "o.csv") as journal:
+        journal.append(rows(0, 4))
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", unlink)
+            journal.remove()
+    with following[0]:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["o.csv.part", "o.csv.part.json"]
 
 
 def test_a_full_disk_keeps_whole_batches(tmp_path: Path, monkeypatch) -> None:

@@ -24,8 +24,9 @@ from backmix.train.decide import predict as module
 from backmix.train.decide import rows as rows_module
 from backmix.train.decide.decision import COLUMNS, below
 from backmix.train.decide.options import PredictOptions
-from backmix.train.decide.predict import Summary, predict
+from backmix.train.decide.predict import predict
 from backmix.train.decide.record import read_record
+from backmix.train.decide.summary import KINDS, Summary
 from backmix.train.evaluate import evaluate
 from backmix.train.options import EvaluateOptions
 from backmix.train.outputs import load_outputs
@@ -171,11 +172,11 @@ def test_kinds_of_errors_are_counted_together() -> None:
         summary.count({"decision": "error", "reason": f"{i:,} bytes", "file": f"{i}\x1b.png"})
     summary.count({"decision": "accept", "reason": "", "file": "a"})
     assert r"5: 0 bytes (0\x1b.png, 1\x1b.png, 2\x1b.png, ...)" in str(summary)
-    for i in range(2 * module.KINDS):
+    for i in range(2 * KINDS):
         letters = "".join(chr(97 + int(digit)) for digit in str(i))
         summary.count({"decision": "error", "reason": letters, "file": "a"})
-    assert len(summary.errors) <= module.KINDS + 1
-    assert sum(errors.count for errors in summary.errors.values()) == 5 + 2 * module.KINDS
+    assert len(summary.errors) <= KINDS + 1
+    assert sum(errors.count for errors in summary.errors.values()) == 5 + 2 * KINDS
 
 
 def test_damaged_samples_of_a_beton_are_rows_with_the_reason(place: Path, tmp_path: Path) -> None:
@@ -311,6 +312,13 @@ def test_an_output_that_cannot_be_is_refused_first(place, tmp_path, out, message
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ValueError, match=message):
         predict(place / "run", ["gone"], tmp_path / out, OPTIONS)
+
+
+def test_the_files_of_the_run_are_never_replaced(place: Path) -> None:
+    before = (place / "run" / "threshold.json").read_bytes()
+    with pytest.raises(ValueError, match="choose another place"):
+        predict(place / "run", ["gone"], place / "run" / "threshold.json", OPTIONS)
+    assert (place / "run" / "threshold.json").read_bytes() == before
 
 
 def test_parquet_without_pyarrow_is_refused_first(place, tmp_path, monkeypatch) -> None:

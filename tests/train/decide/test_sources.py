@@ -100,6 +100,7 @@ def test_standard_input_names_images_whatever_they_are_called(here: Path) -> Non
         (["-", "-"], "once only"),
         (["some.tgz"], "compressed with gzip"),
         (["fake.tar"], "not a tar"),
+        (["pipe.tar"], "pipe.tar is not a file"),
         (["fake.beton"], "fake.beton"),
     ],
 )
@@ -107,6 +108,7 @@ def test_what_is_no_source_is_refused(here: Path, sources: list[str], message: s
     (here / "void").mkdir()
     write_files(here, {"void/notes.txt": b"?", "fake.beton": b"?", "fake.tar": 512 * b"?"})
     tar(here / "void.tar", {"readme": b"?"})
+    os.mkfifo(here / "pipe.tar")
     with tarfile.open(here / "some.tgz", "w:gz") as archive:
         archive.add(write_beton(here / "large.beton", pictures(99)))
     with pytest.raises((ValueError, OSError), match=message):
