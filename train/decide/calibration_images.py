@@ -3,7 +3,7 @@
 Nothing is decoded before `compared_images`, which reads as much as it takes to tell.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from backmix.pipeline.beton import open_set
+from backmix.pipeline.sources.source import Item
 from backmix.pipeline.subset import Subset, select
 from backmix.train.decide.options import CalibrateOptions
 from backmix.train.decide.overlap import other_form, overlap
@@ -105,6 +106,11 @@ def _of_folder(trained: Trained, path: Path, options: CalibrateOptions) -> Known
     ]
     if not items:
         raise ValueError(f"--data {path}: no image in it or its subfolders")
+    if wrong := _in_another_case(items, trained.classes):
+        raise ValueError(
+            f"--data {path} has a subfolder {wrong[0]}, and the run knows a class {wrong[1]}: name "
+            "subfolders as the classes are named, upper and lower case included"
+        )
     named = [item for item in items if item.label >= 0]
     others = len(items) - len(named)
     if options.known_only and not named:
@@ -124,7 +130,10 @@ def _of_folder(trained: Trained, path: Path, options: CalibrateOptions) -> Known
         outside = "outside of the subfolders named as known classes were left out"
         notes = [f"{others:,} images {outside}"]
     elif not named:
+        folders = sorted({item.name.split("/")[0] for item in items if "/" in item.name})
         notes = ["all images of the folder are taken as known ones"]
+        if folders:
+            notes[0] += f", also those in {few(folders)}, which are no names of known classes"
     items = named or items
     labels = np.array([item.label for item in items])
     return Known(
@@ -133,6 +142,16 @@ def _of_folder(trained: Trained, path: Path, options: CalibrateOptions) -> Known
         notes=tuple(notes),
         absent=_without(trained, labels) if named else (),
     )
+
+
+def _in_another_case(items: Sequence[Item], classes: Sequence[str]) -> tuple[str, str] | None:
+    """Return a subfolder and the class whose name it has but for upper and lower case."""
+    folded = {name.casefold(): name for name in classes}
+    for folder in {item.name.split("/")[0] for item in items if "/" in item.name}:
+        meant = folded.get(folder.casefold())
+        if meant is not None and folder not in classes:
+            return folder, meant
+    return None
 
 
 def _without(trained: Trained, labels: np.ndarray) -> tuple[str, ...]:

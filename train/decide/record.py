@@ -213,6 +213,8 @@ def read_record(path: Path) -> Record:
         raise ValueError(f"{file} has more than {_LARGEST:,} bytes: no record of backmix calibrate")
     try:
         document = json.loads(file.read_bytes())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no {THRESHOLD}: name that file, or its run folder") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}; calibrate again") from error
     return record_of(document, str(file))

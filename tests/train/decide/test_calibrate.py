@@ -123,6 +123,7 @@ def test_images_of_a_folder_are_taken_as_known(place: Path) -> None:
     assert set(outputs.labels.tolist()) == {-1} and record.data["labelled"] == 0
     assert "taken as known" in said and "1 could not be read" in said
     # Some images are of known classes for sure: are the others as well?
+    assert "also those in deep" in said
     said = refusal(place / "run", data=folder)
     assert "41 images outside of these" in said and "--known-only" in said
     said = calibrated(place / "run", data=folder, known_only=True)
@@ -131,6 +132,8 @@ def test_images_of_a_folder_are_taken_as_known(place: Path) -> None:
     assert "no subfolder with images" in refusal(
         place / "run", data=folder / "somewhere", known_only=True
     )
+    (folder / "c").rename(folder / "C")
+    assert "has a subfolder C, and the run knows a class c" in refusal(place / "run", data=folder)
 
 
 @pytest.mark.parametrize("options", [{}, {"confidence": 0.9}, {"per_class": True}])
