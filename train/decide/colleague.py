@@ -258,7 +258,9 @@ def _summary(
         int(np.count_nonzero(each & compared))
         for each in at_thresholds(record.rule, known.predicted, known.scores)
     )
-    if below > high:
+    if not compared.any():
+        remark = "not compared: all are predicted as classes with few calibration images"
+    elif below > high:
         remark = "more than promised: the test images are not like the calibration images"
     elif upto < low:
         remark = "fewer than promised: the test images are easier than the calibration images"

@@ -120,14 +120,19 @@ class Shares:
 def comparable(rule: Rule, predicted: Counts) -> NDArray[np.bool_]:
     """Return which images are exchangeable with calibration images if nothing has changed.
 
-    Not those predicted as classes that share a threshold because they have few calibration images:
-    what was calibrated together is more than these classes, or was chosen for having few.
+    Not those predicted as classes that share a threshold because they have few calibration images,
+    or as a class that is calibrated on the images of others, too: what was calibrated together is
+    more than these classes, or was chosen for having few.
 
     Args:
         rule: what is decided by.
         predicted: positions in the class list, int64 [m].
     """
-    fine = [len(category.calibrated_on) in (1, len(rule.category)) for category in rule.categories]
+    fine = [
+        category.classes == category.calibrated_on
+        and len(category.classes) in (1, len(rule.category))
+        for category in rule.categories
+    ]
     return np.array(fine)[rule.category[predicted]]
 
 

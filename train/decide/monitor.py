@@ -193,7 +193,7 @@ def verdict_on(watched: Watched, against: Path) -> Verdict:
     if watched.start is None:
         return Verdict(
             False,
-            "Nothing has changed",
+            "No change is seen",
             (
                 f"As far as {len(watched.cells):,} images can tell, they are like those of the "
                 "calibration.",
@@ -208,29 +208,38 @@ def verdict_on(watched: Watched, against: Path) -> Verdict:
     sentences = [_rejected(watched, watched.start, "Since then")]
     words = {1: "More", -1: "Fewer"}
     if more:
-        title = f"{words[more]} images are rejected than expected since {where}"
+        title = f"{words[more]} images are rejected than expected since about {where}"
     elif watched.drift.start is None:
         first = int(np.flatnonzero(watched.windows.alarms)[0])
         more = int(watched.windows.alarms[first])
         title = f"{words[more]} images than expected were rejected for a while, from {where} on"
     else:
-        title = f"Scores have changed since {where}, the share of rejected images hardly"
+        title = f"Scores have changed since about {where}, the share of rejected images hardly"
     sentences += _explanations(watched, since, more)
     run = against if against.is_dir() else against.parent
     least = needed(exact_rate(watched.record.rate), watched.record.confidence)
+    least *= 2 if rule.per_class == "shrunk" else 1  # in two halves
     sentences.append(
         f"To calibrate again takes known images like those that come now, with their classes, that "
         f"were never trained on: at least {least:,}, better {max(1000, 10 * least):,}. The record "
         "so far is kept beside the new one."
     )
-    words = ["backmix", "calibrate", str(run), "--data", "NEW", "--score", watched.record.score]
-    words += ["--reject-rate", watched.record.rate]
-    if watched.record.confidence is not None:
-        words += ["--confidence", f"{watched.record.confidence:g}"]
+    return Verdict(True, title, tuple(sentences), _command(watched.record, run))
+
+
+def _command(record: Record, run: Path) -> str:
+    """Return the command that calibrates as it was done, on other images."""
+    words = ["backmix", "calibrate", str(run), "--data", "NEW", "--score", record.score]
+    words += ["--reject-rate", record.rate]
+    if record.confidence is not None:
+        words += ["--confidence", f"{record.confidence:g}"]
     words += {"off": [], "conditional": ["--per-class"], "shrunk": ["--per-class", "--shrink"]}[
-        rule.per_class
+        record.rule.per_class
     ]
-    return Verdict(True, title, tuple(sentences), shlex.join(words))
+    words += ["--size", str(record.preprocessing.size)]
+    if record.precision != "fp32":
+        words += ["--precision", record.precision]
+    return shlex.join(words)
 
 
 def _rejected(watched: Watched, first: int, when: str) -> str:

@@ -67,10 +67,10 @@ def read_predictions(files: Sequence[Path], record: Record) -> Predictions:
         for number, values in enumerate(_checked(file), 1):
             name, class_, _, score, threshold, _, decision, reason = values
             if decision == "error":
-                errors[len(names)] = reason or "no reason given"
+                errors[len(names)] = str(reason or "no reason given")
             else:
                 where = f"{file}, row {number:,}"
-                if class_ not in places:
+                if not isinstance(class_, str) or class_ not in places:
                     raise ValueError(
                         f"{where}: the class {printable(str(class_))!r} is none of the record's; "
                         "these rows are of another run"
@@ -131,7 +131,7 @@ def _csv(file: Path) -> Iterator[tuple[Any, ...]]:
             reader = csv.reader(text, strict=True)
             header = next(reader, [])
             places = _places(file, header)
-            for number, row in enumerate(reader, 1):
+            for number, row in enumerate(filter(None, reader), 1):  # some end in empty lines
                 if len(row) != len(header):
                     raise ValueError(
                         f"{file}, row {number:,}, has {len(row)} columns, its first line "
@@ -145,8 +145,10 @@ def _csv(file: Path) -> Iterator[tuple[Any, ...]]:
 def _places(file: Path, header: Sequence[str]) -> list[int]:
     missing = [name for name in COLUMNS if name not in header]
     if missing:
+        semicolons = len(header) == 1 and header[0].count(";") >= len(COLUMNS) - 1
+        hint = "; its columns are separated by semicolons, save it with commas" * semicolons
         raise ValueError(
-            f"{file} is no table of backmix predict: it has no column {', '.join(missing)}"
+            f"{file} is no table of backmix predict: it has no column {', '.join(missing)}{hint}"
         )
     return [header.index(name) for name in COLUMNS]
 
@@ -187,20 +189,23 @@ def _parquet(file: Path) -> Iterator[tuple[Any, ...]]:
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError(f"{file} needs pyarrow: pip install 'backmix[parquet]'") from error
-    try:
-        with parquet.ParquetFile(file) as table:
-            _places(file, table.schema_arrow.names)
-            for batch in table.iter_batches(AT_ONCE, columns=list(COLUMNS)):
-                yield from zip(*(batch.column(name).to_pylist() for name in COLUMNS), strict=True)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file} is damaged or no parquet: {error}") from error
+    with open(file, "rb") as data:
+        try:
+            with parquet.ParquetFile(data) as table:
+                _places(file, table.schema_arrow.names)
+                for batch in table.iter_batches(AT_ONCE, columns=list(COLUMNS)):
+                    columns = (batch.column(name).to_pylist() for name in COLUMNS)
+                    yield from zip(*columns, strict=True)
+        # KeyError: two columns of one name; OSError: damage inside, in words that name no file.
+        except (pyarrow.ArrowException, KeyError, OSError) as error:
+            raise ValueError(f"{file} is damaged or no parquet: {error}") from error
 
 
 def _number(value: Any, where: str) -> float:
     """Return a score or threshold."""
     try:
         number = float(value) if isinstance(value, str | float | int) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of whole numbers of 309 digits or more
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(

@@ -319,6 +319,15 @@ def test_categories_rarely_alarm():
     assert false <= stats.binom.ppf(0.999, streams, level)
 
 
+def test_a_class_that_is_calibrated_on_the_images_of_others_too_is_not_compared():
+    """a has just enough calibration images of its own; b and a together stand for b."""
+    random = np.random.default_rng(5)
+    classes = np.repeat([0, 1], [19, 200])
+    rule = conditional_rule(random.normal(2.0 * classes), classes, ("a", "b"), RATE)
+    assert [part.calibrated_on for part in rule.categories] == [(0,), (0, 1)]
+    assert drift.comparable(rule, np.array([0, 1])).tolist() == [True, False]
+
+
 CHANGES = {
     "less known": lambda random, m: random.normal(-0.4, 1, m),
     "more known": lambda random, m: random.normal(0.4, 1, m),

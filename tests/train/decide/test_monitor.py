@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from scipy import stats
 
 from backmix.train import cli
@@ -139,6 +141,9 @@ def test_a_damaged_table_is_refused_with_its_row(at, row, column, value, message
     assert str(path) in str(caught.value)
 
 
+ROW = dict(zip(COLUMNS, ("a.png", "cat", 1.0, 1.0, 1.0, 0.5, "accept", ""), strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -150,6 +155,18 @@ def test_a_damaged_table_is_refused_with_its_row(at, row, column, value, message
         ("out.json", "[]", "there is no row in"),
         ("out.json", "{}", "no list of rows"),
         ("out.json", "[1]", "row 1 has no file, class"),
+        (
+            "out.json",
+            json.dumps([ROW | {"class": ["cat"]}]),
+            "row 1: the class \"['cat']\" is none",
+        ),
+        (
+            "out.json",
+            json.dumps([ROW | {"threshold": 10**400}]),
+            "row 1: a score and a threshold are",
+        ),
+        ("out.json", json.dumps([ROW | {"decision": "error", "reason": 5}]), "a.png: 5"),
+        ("out.csv", ";".join(COLUMNS) + "\n", "separated by semicolons, save it with commas"),
         ("out.json", "[{", "is damaged"),
         ("out.jsonl", '{"file": "a.png"}\n', "row 1 has no class"),
         ("out.jsonl", "{\n", "row 1, is damaged"),
@@ -162,6 +179,27 @@ def test_what_is_no_table_is_refused(at, name, content, message):
     (at / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=re.escape(message)):
         read_predictions([at / name], RECORD)
+
+
+def test_a_parquet_that_is_damaged_inside_or_has_a_column_twice_is_refused_by_name(at):
+    path = at / "out.parquet"
+    write_rows(path, rows(normal(200)))
+    table = parquet.read_table(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(50) + data[54:])  # the head of the first page
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged or no parquet")):
+        read_predictions([path], RECORD)
+    twice = pa.table([*table.columns, table.column(0)], names=[*COLUMNS, COLUMNS[0]])
+    parquet.write_table(twice, path)
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged or no parquet")):
+        read_predictions([path], RECORD)
+
+
+def test_empty_lines_at_the_end_of_a_csv_are_no_rows(at):
+    path = at / "out.csv"
+    write_rows(path, rows(normal(5)))
+    path.write_bytes(path.read_bytes() + b"\n\r\n")
+    assert len(read_predictions([path], RECORD).names) == 5
 
 
 def test_no_score_a_file_that_is_not_there_and_the_same_file_twice_are_refused(at):
@@ -189,7 +227,7 @@ def test_nothing_has_changed(at):
     found = watched(at, normal(3000))
     verdict = verdict_on(found, at)
     below = int((normal(3000) < RECORD.rule.thresholds[0]).sum())
-    assert not verdict.changed and verdict.title == "Nothing has changed" and not verdict.command
+    assert not verdict.changed and verdict.title == "No change is seen" and not verdict.command
     assert (
         f"{below:,} of 3,000" in verdict.sentences[1]
         and "5.0 % are expected" in verdict.sentences[1]
@@ -212,17 +250,18 @@ def test_unknown_images_are_told_from_known_ones_that_changed(at):
     verdict = verdict_on(watched(at, np.append(before, unknown)), at)
     assert verdict.changed
     assert (
-        verdict.title == f"More images are rejected than expected since row 2,011 of {at}/out.jsonl"
+        verdict.title
+        == f"More images are rejected than expected since about row 2,011 of {at}/out.jsonl"
     )
     assert "have not changed noticeably" in verdict.sentences[1]
     verdict = verdict_on(watched(at, np.append(before, normal(2000, 2, -0.5))), at)
-    assert verdict.title.startswith("More images are rejected than expected since row 2,011")
+    assert verdict.title.startswith("More images are rejected than expected since about row 2,011")
     assert "they are lower" in verdict.sentences[1]
 
 
 def test_images_that_are_better_known_are_a_change_too(at):
     verdict = verdict_on(watched(at, np.append(normal(2010), normal(2000, 2, 0.6))), at)
-    assert verdict.title.startswith("Fewer images are rejected than expected since row 2,011")
+    assert verdict.title.startswith("Fewer images are rejected than expected since about row 2,011")
     assert "they are higher" in verdict.sentences[1]
 
 
@@ -247,12 +286,12 @@ def test_the_command_calibrates_as_it_was_done(at):
     classes = np.arange(300) % 2
     scores = np.random.default_rng(0).normal(size=300)
     rule = conditional_rule(scores, classes, CLASSES, Fraction(1, 10), 0.9)
-    made = record(rule=rule, rate="0.1", confidence=0.9)
+    made = record(rule=rule, rate="0.1", confidence=0.9, precision="bf16")
     found = watched(at, normal(600, mean=-3), made=made)
     verdict = verdict_on(found, at / "threshold.json")
     assert verdict.command == (
         f"backmix calibrate {at} --data NEW --score max_logit --reject-rate 0.1 --confidence 0.9 "
-        "--per-class"
+        "--per-class --size 32 --precision bf16"
     )
     assert "at least 22" in verdict.sentences[-1]  # 1 - 0.9^22 is the first of at least 0.9
 
@@ -316,7 +355,7 @@ def test_the_exit_code_says_whether_to_calibrate_again(at, capsys):
         words = ["monitor", str(at / name), "--against", str(at), "--out", str(at / "page.html")]
         assert cli.run(words) == code
     said = capsys.readouterr()
-    assert "Nothing has changed" in said.out and "More images are rejected" in said.out
+    assert "No change is seen" in said.out and "More images are rejected" in said.out
     assert "gone.csv is no file" in said.err
 
 
@@ -393,7 +432,7 @@ def test_the_page_says_the_verdict_first_and_has_its_headings_in_order(drawn):
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     (title,) = re.findall(r"<h1>(.*?)</h1>", text)
-    assert title.startswith("More images are rejected than expected since row")
+    assert title.startswith("More images are rejected than expected since about row")
     assert text.index("backmix calibrate") < text.index("<svg")
 
 
