@@ -165,7 +165,8 @@ def decided(folder: Path) -> str:
     for name in DECIDED:
         with open(folder / f"{name}.csv", newline="") as file:
             rejected = [row["decision"] == "reject" for row in csv.DictReader(file)]
-        lines.append(f"- {name}: {np.mean(rejected):.1%} of {len(rejected):,} images are rejected.")
+        share = 100 * np.mean(rejected)
+        lines.append(f"- {name}: {share:.1f} % of {len(rejected):,} images are rejected.")
     return "\n".join([*lines, ""])
 
 
