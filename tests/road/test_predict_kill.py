@@ -27,8 +27,8 @@ from tests.train.decide.calibrated import CLASSES, SIDE, calibrated, pictures
 SECONDS = 60.0
 POINTS = ("torn", "row", "writing", "renamed", "removed", "noted")
 """Places to die at: half of a batch's bytes are written; a row of the finished file is about to be;
-that file is about to get its name; it has it; the journal is gone, and its note is not; of the
-next one the note is there, and no row."""
+that file is about to get its name; it has it; the journal is empty and its note gone, its own file
+not yet; of the next one the note is there, and no row."""
 
 
 def die_at(point: str, count: int) -> None:
@@ -84,7 +84,12 @@ def die_at(point: str, count: int) -> None:
         case "writing" | "renamed":
             wrap(os, "replace", before=point == "writing", ours=is_out)
         case "removed":
-            wrap(Path, "unlink", before=False, ours=lambda path, **_: path.suffix == ".part")
+            wrap(
+                Path,
+                "unlink",
+                before=False,
+                ours=lambda path, **_: path.name.endswith(".part.json"),
+            )
 
 
 def child(run: Path, sources: list[str], out: Path, batch: int, point: str, count: int) -> None:

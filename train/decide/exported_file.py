@@ -92,6 +92,7 @@ def read_exported(path: Path) -> Document:
         else:
             with zipfile.ZipFile(path) as archive:
                 text, digest = _pt2_text(archive), _digest_of(_pt2_program(archive))
+    # NotImplementedError: zipfile's, of a compression or a version of ZIP that it does not know.
     except (_NotThis, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise ValueError(f"{path} is damaged, or no {path.suffix} file: {error}") from error
     if text is None:
