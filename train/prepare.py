@@ -17,6 +17,7 @@ from backmix.train.check import check_device, check_graph, check_parts
 from backmix.train.ema import Ema
 from backmix.train.exchange import Exchange
 from backmix.train.known import known_classes, refuse_unfit_init, training_subset
+from backmix.train.memory import keep_freed_memory
 from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.build import build as build_method
 from backmix.train.methods.build import build_network
@@ -64,6 +65,8 @@ def prepare_run(
     device = device_of(resolved, world)
     check_device(run, device.type)
     torch.set_num_threads(resolved.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     set_arithmetic(run, device)
     with open_set(run.data) as data:
         known = known_classes(run, data.classes)

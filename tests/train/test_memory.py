@@ -1,0 +1,39 @@
+"""Freed memory is used again without the kernel's help."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+_FAULTS = """
+import ctypes, resource, sys
+from backmix.train.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        pointer = libc.malloc(48 << 20)
+        ctypes.memset(pointer, 1, 48 << 20)
+        libc.free(pointer)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+before = faults()
+assert keep_freed_memory()
+faults()  # the heap grows once
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is of glibc")
+def test_pages_are_not_asked_for_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    pages = 20 * (48 << 20) // (2 << 20)  # at least, were all of them huge ones of 2 MiB
+    assert before >= pages > 10 * after
