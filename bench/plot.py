@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # run as a script it finds only what lies beside it
 
 from bench import on_paper  # noqa: E402
-from bench.correlation import page as of_correlation  # noqa: E402
+from bench.questions import page as of_question  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -523,10 +523,10 @@ def memory(rows: Sequence[Row]) -> str:
     return _grid(["what", *(f"{images:,} images" for images in batches)], lines)
 
 
-def correlation() -> str:
-    """Return the table of how methods fare as background and class go together."""
-    stored = RESULTS / "correlation.json"
-    return of_correlation(json.loads(stored.read_text())) + "\n" if stored.exists() else ""
+def question(name: str) -> str:
+    """Return the table of a question that the demo's images answer (bench/questions.py)."""
+    stored = RESULTS / f"{name}.json"
+    return of_question(json.loads(stored.read_text())) + "\n" if stored.exists() else ""
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
@@ -542,7 +542,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "scale": scale,
     "scale_node": scale_node,
     "memory": memory,
-    "correlation": lambda rows: correlation(),
+    "correlation": lambda rows: question("correlation"),
+    "length": lambda rows: question("length"),
+    "options": lambda rows: question("options"),
 }
 """What a page may ask for by name."""
 
