@@ -7,7 +7,7 @@ import sys
 import pytest
 
 _FAULTS = """
-import ctypes, resource, sys
+import ctypes, resource, torch
 from backmix.train.memory import keep_freed_memory
 
 def faults():
@@ -22,7 +22,8 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 before = faults()
-assert keep_freed_memory()
+assert not keep_freed_memory(torch.device("cuda"))
+assert keep_freed_memory(torch.device("cpu"))
 faults()  # the heap grows once
 print(before, faults())
 """

@@ -47,6 +47,7 @@ from backmix.train.decide.rule import (
 from backmix.train.decide.scorer import own_score, preprocessing_of, refuse_score, refuse_size
 from backmix.train.decide.words import promise
 from backmix.train.evaluate import closed_gate
+from backmix.train.memory import keep_freed_memory
 from backmix.train.models.build import Model
 from backmix.train.options import EvaluateOptions, host_of
 from backmix.train.outputs import Outputs, store
@@ -106,6 +107,7 @@ def calibrate(
     trained = read_run(run)
     score = options.score or own_score(trained)
     device = device_of(options.device)
+    keep_freed_memory(device)
     with locked(run):
         model = load_model(run, options.model).to(device)
         refuse_score(score, model)

@@ -28,6 +28,7 @@ from backmix.train.decide.record import Record, record_digest
 from backmix.train.decide.rows import Row, refuse_out, write_rows
 from backmix.train.decide.sources import Images, find_images
 from backmix.train.decide.summary import Summary, expectation
+from backmix.train.memory import keep_freed_memory
 from backmix.train.pace import Pace
 from backmix.train.stop import StopAsked
 
@@ -65,6 +66,7 @@ def predict(
     _refuse(options)
     refuse_out(out, source)
     decider = open_decider(source, options)
+    keep_freed_memory(decider.scorer.device)
     with find_images(sources, stdin) as images:
         belongs = {
             "record": record_digest(decider.record),
