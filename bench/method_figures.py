@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from backmix.kernels.location_confidence import location_confidence
 from backmix.pipeline.batch import Place
 from backmix.pipeline.beton import open_set
 from backmix.train.augmentations import Op, draw_randaugment, operate
@@ -42,8 +43,8 @@ from backmix.train.known import training_subset
 from backmix.train.methods.backmix import BackMixMethod
 from backmix.train.methods.build import build
 from backmix.train.methods.confusing import Confusion
-from backmix.train.methods.ssod import SsodMethod
-from backmix.train.models.heads import ReciprocalPoints, Reconstruction
+from backmix.train.methods.ssod import SsodMethod, location_samples
+from backmix.train.models.heads import ReciprocalPoints, Reconstruction, linear_head
 from backmix.train.optim import learning_rate
 from backmix.train.options import Arpl, PreviewOptions
 from backmix.train.outputs import load_outputs
@@ -545,7 +546,9 @@ def mixed_sampling(runs: Runs) -> str:
         assert regions is not None
         logits, maps = model(views.images)
         right = logits.argmax(1) == batch.labels
-        known, unknown = method.host._samples(maps, batch.labels, right, model, regions)
+        head = linear_head(model)
+        p_true = location_confidence(maps, head.weight, head.bias, batch.labels).p_true
+        known, unknown = location_samples(p_true, right, method.host.options, regions)
     mean, std = (torch.tensor(v)[:, None, None] for v in (run.augment.mean, run.augment.std))
     mixes = (views.images * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     pasted = regions.pasted.mean((1, 2))

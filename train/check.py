@@ -113,6 +113,25 @@ def check_graph(run: Run, loader: str, processes: int) -> None:
             raise ValueError(f"--graph does not go with {what}: leave one of them out")
 
 
+def check_donors(run: Run, loader: str) -> None:
+    """Refuse BackMix where no image has another one beside it, so that nothing would be mixed.
+
+    Args:
+        run: the options.
+        loader: what --loader.loader has become; of a resident pool all images are donors.
+
+    Raises:
+        ValueError: with what would do.
+    """
+    if isinstance(run.method, BackMix) and loader != "resident" and run.loader.mix_group == 1:
+        cause = "group" if run.loader.group else "batch"
+        raise ValueError(
+            f"--loader.{cause} 1: an image's patch comes from another image of its mix group, and "
+            "there is none in a group of one, so that BackMix would mix nothing: at least 2, or "
+            "--loader.loader resident"
+        )
+
+
 def check_parts(run: Run, loader: str, processes: int) -> None:
     """Refuse to cut a step into more parts than can be had.
 

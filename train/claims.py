@@ -23,7 +23,7 @@ from backmix.pipeline.subset import Subset
 from backmix.train.image_sets import BetonImages
 from backmix.train.known import training_subset
 from backmix.train.methods.backmix import foreground_shares
-from backmix.train.methods.ssod import _extremes, rejection_logits
+from backmix.train.methods.ssod import location_samples, rejection_logits
 from backmix.train.methods.views import unmixed
 from backmix.train.models.build import Model
 from backmix.train.models.heads import CellSums, ReciprocalPoints, Reconstruction, cam_inputs
@@ -278,7 +278,7 @@ def ssod_locations(network: Network, count: int, seed: int = 0) -> Locations:
         logits, maps = model(unmixed(batch, network.trained.augment, None))
         right = logits.argmax(1) == batch.labels
         p_true = location_confidence(maps, head.weight, head.bias, batch.labels).p_true
-        known, unknown = location_samples(p_true, right, options)
+        known, unknown = (kind > 0 for kind in location_samples(p_true, right, options))
         rejection = None if model.rejection is None else rejection_logits(model, maps)
     return Locations(
         views=batch.pool[batch.rows[:count]].numpy(),
@@ -290,23 +290,6 @@ def ssod_locations(network: Network, count: int, seed: int = 0) -> Locations:
         features=maps[:count].permute(0, 2, 3, 1).numpy(),
         rule=_rule(options),
     )
-
-
-def location_samples(p_true: Tensor, right: Tensor, options: Ssod) -> tuple[Tensor, Tensor]:
-    """Return which locations of plain views SSOD takes as known and as unknown, bool as p_true.
-
-    Args:
-        p_true: probability of the image's own class at each location, [n, g, g'].
-        right: which images are classified right, bool [n].
-        options: gamma, or share; require_correct.
-    """
-    if options.share:
-        known, unknown = _extremes(p_true, options.share)
-    else:
-        known, unknown = p_true >= options.gamma, p_true <= 1 - options.gamma
-    if options.require_correct:
-        unknown = unknown & right[:, None, None]
-    return known, unknown
 
 
 def pasted_features(network: Network, mixes: int) -> np.ndarray:

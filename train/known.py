@@ -5,7 +5,7 @@ import numpy as np
 from backmix.pipeline.beton import BetonSet
 from backmix.pipeline.subset import Subset, hold_out, select
 from backmix.train import protocols
-from backmix.train.options import Run, Ssod, host_of
+from backmix.train.options import BackMix, Run, Ssod, host_of
 from backmix.train.trained import read_run
 
 
@@ -64,6 +64,20 @@ def refuse_unfit_init(run: Run, known: list[str], data: BetonSet) -> None:
             f"--init {run.init} knows the classes {', '.join(before.classes[:10])}, this run "
             f"{', '.join(known[:10])}: a rejection head is trained beside the class head that is "
             "there, so both need the same --split"
+        )
+    smoothing = before.options.optim.label_smoothing
+    if (
+        isinstance(host, Ssod)
+        and host.train == "head"
+        and not host.share
+        and smoothing > 1 - host.gamma - 1e-9
+    ):
+        name = "method.host" if isinstance(run.method, BackMix) else "method"
+        raise ValueError(
+            f"--init {run.init} was trained with --optim.label-smoothing {smoothing:g}, which "
+            f"keeps the probability of the true class below --{name}.gamma {host.gamma:g}: hardly "
+            "any location would be known, and the head would learn to refuse everything; lower "
+            f"gamma, or use --{name}.share 0.1"
         )
     seen = [name for name in before.classes if name in data.classes and name not in known]
     if seen:

@@ -107,7 +107,8 @@ class Ssod:
     at most 1 - gamma, ignored in between; 0.5 .. 1."""
     share: float = 0.0
     """Above 0: instead of gamma, this share of the batch's locations with most and with least
-    probability of the true class; up to 0.5. 0.1 needs no gamma, whatever the number of classes."""
+    probability of the true class; up to 0.5. 0.1 needs no gamma, whatever the number of classes.
+    Equal ones are in together, and none is in both, so that the shares may differ."""
     require_correct: bool = False
     """Images that are classified wrongly give no unknown locations."""
     gate_known: float = 0.01

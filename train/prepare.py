@@ -13,7 +13,7 @@ from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.loader import Loader, choose, open_loader
 from backmix.pipeline.subset import Subset
 from backmix.train.arithmetic import set_arithmetic
-from backmix.train.check import check_device, check_graph, check_parts
+from backmix.train.check import check_device, check_donors, check_graph, check_parts
 from backmix.train.ema import Ema
 from backmix.train.exchange import Exchange
 from backmix.train.known import known_classes, refuse_unfit_init, training_subset
@@ -24,7 +24,7 @@ from backmix.train.methods.build import build_network
 from backmix.train.methods.method import Method
 from backmix.train.methods.views import unmixed
 from backmix.train.models.build import Model
-from backmix.train.models.fit import first_weights, found_maps
+from backmix.train.models.fit import first_weights, found_maps, refuse_clipped
 from backmix.train.models.libraries import synchronise_batchnorm
 from backmix.train.optim import make_optimizer
 from backmix.train.options import Arpl, Run, host_of
@@ -65,8 +65,7 @@ def prepare_run(
     device = device_of(resolved, world)
     check_device(run, device.type)
     torch.set_num_threads(resolved.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     set_arithmetic(run, device)
     with open_set(run.data) as data:
         known = known_classes(run, data.classes)
@@ -84,6 +83,7 @@ def prepare_run(
                 say(uneven)
         kind = world.of_first(chosen)
         resolved = replace(resolved, loader=kind)
+        check_donors(run, kind)
         check_parts(run, kind, world.size)
         check_graph(run, kind, world.size)
         config = Config.of(run, recipe, command, resolved, data, known, len(subset))
@@ -157,6 +157,7 @@ def fresh_network(
     """Make the network as the run's seed makes it, in training mode, and its optimizer."""
     torch.manual_seed(run.seed)
     model = build_network(run, classes)
+    refuse_clipped(run, model)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = make_optimizer(

@@ -52,7 +52,10 @@ def cifar10_softmax() -> Run:
 
 
 def svhn_softmax() -> Run:
-    """Return the softmax recipe for SVHN: as CIFAR-10, but digits are not mirrored."""
+    """Return the softmax recipe for SVHN: as CIFAR-10, but digits are not mirrored.
+
+    The ARPL code mirrors them, too: --augment.flip.
+    """
     base = cifar10_softmax()
     return replace(base, split=Split(protocol="svhn"), augment=replace(base.augment, flip=False))
 

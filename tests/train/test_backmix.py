@@ -14,7 +14,7 @@ from backmix.kernels.mix_background import box_fractions, mask_views, mix_backgr
 from backmix.kernels.update_cam_bank import update_cam_bank
 from backmix.pipeline.batch import Batch, Place
 from backmix.pipeline.beton import open_set
-from backmix.train.check import check
+from backmix.train.check import check, check_donors
 from backmix.train.methods.backmix import (
     BackMixMethod,
     _area_average,
@@ -101,6 +101,20 @@ def test_grey_patches_lie_where_backmix_pastes(data: Path) -> None:
     # A patch is 12 x 12 less what the shift of up to 2 px moved out.
     assert ((areas >= 100) & (areas <= 144)).all()
     assert torch.equal(one.permute(0, 2, 3, 1)[~filled], other.permute(0, 2, 3, 1)[~filled])
+
+
+@pytest.mark.parametrize(("batch", "group", "named"), [(16, 1, "group"), (1, 0, "batch")])
+def test_images_without_another_beside_them_are_refused(
+    data: Path, tmp_path: Path, batch: int, group: int, named: str
+) -> None:
+    """Else a run by the name of BackMix would be one of its host."""
+    run = tiny_run(data, tmp_path / "run", BackMix(patch=8))
+    alone = replace(run, loader=replace(run.loader, batch=batch, group=group))
+    with pytest.raises(ValueError, match=f"--loader.{named} 1: .* at least 2"):
+        prepare_run(alone, "test", [])
+    check_donors(alone, "resident")
+    check_donors(replace(alone, method=Softmax()), "turbo")
+    check_donors(replace(alone, loader=replace(run.loader, group=2)), "turbo")
 
 
 def test_nothing_is_pasted_during_the_warm_up(data: Path) -> None:

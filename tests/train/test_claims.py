@@ -29,11 +29,9 @@ from backmix.train.claims import (
 )
 from backmix.train.evaluate import evaluate
 from backmix.train.image_sets import BetonImages
-from backmix.train.methods.ssod import SsodMethod
-from backmix.train.models.heads import ReciprocalPoints, Reconstruction
+from backmix.train.models.heads import ReciprocalPoints, Reconstruction, linear_head
 from backmix.train.options import (
     Arpl,
-    Augment,
     BackMix,
     Cssr,
     EvaluateOptions,
@@ -199,18 +197,29 @@ def test_true_foreground_comes_from_masks(runs: dict[str, Path], tmp_path: Path)
     [Ssod(), Ssod(gamma=0.6), Ssod(share=0.2), Ssod(gamma=0.55, require_correct=True)],
     ids=["gamma", "low gamma", "share", "correct"],
 )
-def test_the_samples_are_those_of_training(runs: dict[str, Path], options: Ssod) -> None:
+def test_the_samples_are_those_of_the_rule(runs: dict[str, Path], options: Ssod) -> None:
     network = open_network(runs["ssod"])
-    maps = 40 * torch.randn(20, 32, 4, 4, generator=torch.Generator().manual_seed(0))
-    labels, right = torch.arange(20) % 2, torch.arange(20) % 3 > 0
-    method = SsodMethod(options, Augment(), 0.0, torch.float32, 1, torch.device("cpu"))
-    want = method._samples(maps, labels, right, network.model, None)
-    p = class_evidence(network.model.head, maps).softmax(1)
-    p_true = p[torch.arange(len(p)), labels]
-    found = claims.location_samples(p_true, right, options)
-    assert found[0].any() and found[1].any()
-    for mine, theirs in zip(found, want, strict=True):
-        torch.testing.assert_close(mine.float(), theirs)
+    other = replace(network.trained.options, method=options)
+    network = replace(network, trained=replace(network.trained, options=other))
+    with torch.no_grad():
+        linear_head(network.model).weight.mul_(100)  # sure of something
+    found = ssod_locations(network, 20)  # all there are
+    p = found.p_true
+    if options.share:
+        ascending, count = np.sort(p.ravel()), int(options.share * p.size)
+        known, unknown = p >= ascending[-count], p <= ascending[count - 1]
+    else:
+        known, unknown = p >= options.gamma, p <= 1 - options.gamma
+    if options.require_correct:
+        pooled = torch.from_numpy(found.features.mean((1, 2)))
+        predicted = linear_head(network.model)(pooled).argmax(1).tolist()
+        right = np.array([found.names[i] == "ab"[k] for i, k in enumerate(predicted)])
+        assert 0 < right.sum() < 20 and unknown[~right].any()
+        unknown &= right[:, None, None]
+    assert known.any() and unknown.any()
+    assert found.known.dtype == found.unknown.dtype == bool
+    np.testing.assert_array_equal(found.known, known)
+    np.testing.assert_array_equal(found.unknown, unknown)
 
 
 def test_locations_are_those_of_the_network(runs: dict[str, Path]) -> None:

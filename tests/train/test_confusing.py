@@ -37,8 +37,8 @@ from backmix.train.methods.confusing import (
 )
 from backmix.train.models.build import Model
 from backmix.train.models.heads import ReciprocalPoints
-from backmix.train.options import Arpl, Augment, BackMix, Run
-from backmix.train.prepare import prepare_run
+from backmix.train.options import Arpl, Augment, BackMix, Run, Softmax
+from backmix.train.prepare import begin, prepare_run
 from backmix.train.state import State
 from backmix.train.trained import load_model
 from tests.runs import poisoned, tiny_images, tiny_run, tiny_set, views_of
@@ -676,6 +676,26 @@ def test_a_run_in_bf16_logs_the_figures_of_its_passes(data: Path, tmp_path: Path
             "generator_loss",
         }
     )
+
+
+@pytest.mark.usefixtures("narrow")
+def test_both_halves_of_a_pair_begin_with_the_norm_of_a_plain_network(
+    data: Path, tmp_path: Path
+) -> None:
+    before = run_of(data, tmp_path / "plain", Softmax())  # type: ignore[arg-type]
+    assert start(before) == 0
+    run = run_of(data, tmp_path / "run", init=before.out)
+    state, *_ = prepared(run)
+    begin(state, run)
+    trained, found = load_model(before.out).state_dict(), state.model.state_dict()
+    pairs = [name for name in found if ".generated." in name]
+    assert len(pairs) == 9 * 5
+    for name in (*trained, *pairs):
+        if not name.startswith("head."):
+            assert torch.equal(found[name], trained[name.replace(".generated.", ".")]), name
+    assert state.model.state_dict()["features.2.running_mean"].abs().max() > 0
+    real, generated = (found[f"features.2.{part}weight"] for part in ("", "generated."))
+    assert real.data_ptr() != generated.data_ptr()
 
 
 @pytest.mark.usefixtures("narrow")

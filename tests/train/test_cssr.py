@@ -346,6 +346,24 @@ def test_a_void_step_leaves_everything_as_it_was(data: Path) -> None:
             assert torch.equal(value, after[name]), name
 
 
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_head_that_could_learn_nothing_is_refused(
+    data: Path, tmp_path: Path, mixes: bool
+) -> None:
+    """64 channels: at gamma 2 a cell of features near 1 is 128 away from nothing; 1.5 leaves 96."""
+
+    def fresh(gamma: float) -> None:
+        host = Cssr(latent=8, gamma=gamma)
+        method = BackMix(host=host, patch=12) if mixes else host
+        run = tiny_run(data, tmp_path / "run", method)
+        prepare_run(run, "test", [])[2].close()
+
+    fresh(1.5)
+    name = r"--method\.host\.gamma" if mixes else r"--method\.gamma"
+    with pytest.raises(ValueError, match=rf"{name} 2: .* 64 channels.* use {name} 0\.78"):
+        fresh(2.0)
+
+
 def test_a_finished_network_comes_back_with_its_head(data: Path, tmp_path: Path) -> None:
     run = cssr_run(data, tmp_path / "run", METHODS["backmix"], epochs=1)
     assert start(run) == 0

@@ -28,6 +28,7 @@ from backmix.train.methods.ssod import (
     SsodMethod,
     _cool_and_hot,
     _extremes,
+    location_samples,
     new_rejection,
 )
 from backmix.train.models.weights import read_weights
@@ -203,11 +204,9 @@ def test_images_that_are_wrong_give_no_unknown_locations_if_so_asked() -> None:
 
 def test_a_share_of_the_locations_is_sampled_whatever_their_confidence() -> None:
     """The 2 of 8 most and least probable, none of which gamma would take."""
-    model = by_hand([[0.61, 0.45, 0.5, 0.62], [0.55, 0.44, 0.46, 0.58]], [[1.0] * 4, [1.0] * 4])
-    method = method_of(Ssod(share=0.25))
+    p_true = torch.tensor([[[0.61, 0.45, 0.5, 0.62]], [[0.55, 0.44, 0.46, 0.58]]])
     right = torch.tensor([True, True])
-    labels = torch.tensor([0, 0])
-    known, unknown = method._samples(model.maps.detach(), labels, right, model, None)  # type: ignore[arg-type]
+    known, unknown = location_samples(p_true, right, Ssod(share=0.25))
     assert known[:, 0].tolist() == [[1, 0, 0, 1], [0, 0, 0, 0]]
     assert unknown[:, 0].tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]
 
@@ -221,6 +220,7 @@ def test_a_share_of_the_locations_is_sampled_whatever_their_confidence() -> None
         ([5, 5, 5, 5], 0.25, [], []),
         ([2, 9, 9, 9], 0.5, [1, 2, 3], [0]),  # most are as sure as can be
         ([2, 2, 2, 9], 0.5, [3], [0, 1, 2]),
+        ([1, 1, 0.3, 1, 0.9, 1, 1, 1, 1, 1], 0.4, [0, 1, 3, 5, 6, 7, 8, 9], [2, 4]),  # no draw
         ([1, 5, 5, 9], 0.5, [3], [0]),
         ([1, 5, 5, 5, 9, 9], 0.34, [4, 5], [0, 1, 2, 3]),
     ],
@@ -650,6 +650,27 @@ def test_a_void_step_leaves_everything_as_it_was(data: Path, tmp_path: Path, nam
         next(taken)
         gate = next(key for key in before if key.endswith("gate.opened"))
         assert int(state.tensors()[gate]) == int(before[gate]) + 1
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_head_beside_a_network_that_is_never_sure_is_refused(
+    data: Path, tmp_path: Path, mixes: bool
+) -> None:
+    """Of smoothed labels no location reaches gamma: all samples would be unknown."""
+    smoothed = quick(
+        data, tmp_path / "smoothed", Softmax(), epochs=1, optim=Optim(label_smoothing=0.1)
+    )
+    assert start(smoothed) == 0
+
+    def beside(options: Ssod) -> Run:
+        method = BackMix(patch=12, host=options) if mixes else options
+        return quick(data, tmp_path / "run", method, init=smoothed.out)
+
+    name = "method.host" if mixes else "method"
+    with pytest.raises(ValueError, match=rf"label-smoothing 0\.1, .*--{name}\.share 0\.1"):
+        prepare_run(beside(Ssod(train="head")), "test", [])
+    for taken in (Ssod(train="head", share=0.1), Ssod(train="head", gamma=0.8), Ssod()):
+        prepare_run(beside(taken), "test", [])[2].close()
 
 
 def answers(run: Run, data: Path, classes: int) -> tuple[Tensor, Tensor, np.ndarray]:

@@ -148,7 +148,9 @@ class SsodMethod:
             logits.float(), batch.labels, reduction="none", label_smoothing=self.label_smoothing
         )
         right = logits.detach().argmax(1) == batch.labels
-        known, unknown = self._samples(features, batch.labels, right, model, views.regions)
+        head = linear_head(model)
+        p = location_confidence(features, head.weight, head.bias, batch.labels).p_true
+        known, unknown = location_samples(p, right, self.options, views.regions)
         s = rejection_logits(model, features).float()
 
         figures = self._figures(batch, known, unknown, right)
@@ -221,38 +223,41 @@ class SsodMethod:
             counts = dict(zip(counts, sums.unbind(), strict=True))
         return counts
 
-    def _samples(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        right: Tensor,
-        model: Model,
-        regions: Regions | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return how much each location counts as known and as unknown, float32 [n, g, g'] each.
 
-        0 or 1, but for pasted background, which is unknown with the share of the cell it covers.
-        """
-        options = self.options
-        head = linear_head(model)
-        p = location_confidence(features, head.weight, head.bias, labels).p_true
-        if options.share:
-            known, unknown = _extremes(p, options.share)
-        else:
-            known, unknown = p >= options.gamma, p <= 1 - options.gamma
-        if options.require_correct:
-            unknown = unknown & right[:, None, None]
-        if regions is None:
-            return known.float(), unknown.float()
-        cool, hot = _cool_and_hot(regions.heat)
-        known = known & hot & (regions.pasted == 0)
-        return known.float(), torch.maximum(regions.pasted, (unknown & cool).float())
+def location_samples(
+    p_true: Tensor, right: Tensor, options: Ssod, regions: Regions | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return how much each location counts as known and as unknown, float32 [n, g, g'] each.
+
+    0 or 1, but for pasted background, which is unknown with the share of the cell it covers.
+
+    Args:
+        p_true: probability of the image's own class at each location, [n, g, g'].
+        right: which images are classified right, bool [n].
+        options: gamma, or share; require_correct.
+        regions: what a mix knows of its cells; None = plain views.
+    """
+    if options.share:
+        known, unknown = _extremes(p_true, options.share)
+    else:
+        known, unknown = p_true >= options.gamma, p_true <= 1 - options.gamma
+    if options.require_correct:
+        unknown = unknown & right[:, None, None]
+    if regions is None:
+        return known.float(), unknown.float()
+    cool, hot = _cool_and_hot(regions.heat)
+    known = known & hot & (regions.pasted == 0)
+    return known.float(), torch.maximum(regions.pasted, (unknown & cool).float())
 
 
 def _extremes(p: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return which values are among the greatest, and which among the least, bool as p.
 
     Equal values are in together, and none is in both: those that fill the middle are in neither.
+    So the shares are `share` where no values are equal. Where many are 1, as in a network that is
+    sure of its training images, all of these are among the greatest, and only what is less than 1
+    can be among the least, be it fewer than `share`: a draw among equal ones would call locations
+    unknown that the class head is as sure of as of any other.
 
     Args:
         p: any shape, not empty.

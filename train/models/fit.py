@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from backmix.train.models.any import FIDELITY, AnyModel
 from backmix.train.models.build import Model
+from backmix.train.models.heads import Reconstruction
 from backmix.train.models.libraries import published_views, published_weights
 from backmix.train.models.weights import begin_with, take
 from backmix.train.options import BackMix, Cssr, Run, Softmax, Ssod, host_of
@@ -42,6 +43,30 @@ def refuse_unfit(run: Run, model: Model) -> None:
             f"--model {run.model}: {type(host_of(run.method)).__name__} takes the place of the one "
             f"linear layer that gives the logits, or stands beside it, and there is none; softmax "
             "does without"
+        )
+
+
+def refuse_clipped(run: Run, model: Model) -> None:
+    """Refuse a CSSR head that would begin, and stay, where all its logits are cut off.
+
+    A cell's error adds up over the channels, whose sizes are about 1 behind BatchNorm and ReLU;
+    where gamma times it passes the limit in all classes, no weight has a gradient. A fresh
+    ResNet-50's are 1.04 on the mean, so that at gamma 0.1 all its cells are beyond.
+
+    Raises:
+        ValueError: with a gamma that would do.
+    """
+    head = model.head
+    if not isinstance(head, Reconstruction):
+        return
+    channels = head.encoder.shape[2]
+    if head.gamma * channels > head.CLIP:
+        name = "method.host" if isinstance(run.method, BackMix) else "method"
+        raise ValueError(
+            f"--{name}.gamma {head.gamma:g}: a location's error adds up over the {channels:,} "
+            f"channels of {run.model}; where these are about 1, all its logits would be cut off at "
+            f"{head.CLIP:g}, and nothing be learned: use --{name}.gamma "
+            f"{0.5 * head.CLIP / channels:.2g}"
         )
 
 

@@ -28,6 +28,8 @@ _BESIDE = ("rejection.", "method_head.")
 """Names of what a method learns beside a network."""
 _NET = "net."
 """What the names of a network that is not our own begin with in its model."""
+_GENERATED = ".generated."
+"""In the names of the second half of a pair of BatchNorms, that of generated images."""
 _WRAPPERS = ("module.", "_orig_mod.")
 """What other programs put before all names: DataParallel and its kin, torch.compile."""
 _INSIDE = ("state_dict", "model", "model_state_dict", "net")
@@ -129,6 +131,11 @@ def take(
     """
     tensors = _named(model, given)
     wanted = model.state_dict()
+    # Of a network without pairs of BatchNorms (ARPL+CS) both halves begin with the one there is.
+    for name in wanted:
+        alone = name.replace(_GENERATED, ".")
+        if name not in tensors and alone in tensors:
+            tensors[name] = tensors[alone]
     ours = _class_head(model)
     fresh, unread, problems = [], [], []
     for name, value in wanted.items():
