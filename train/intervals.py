@@ -178,6 +178,10 @@ def fpr95_intervals(
     scores the r-th smallest is the score number floor(n b), b from Beta(r, n + 1 - r), and of the m
     other draws a binomial number lies beyond it.
 
+    Where the share is 0 (or 1) drawing the same images anew says next to nothing of the next one:
+    then the interval reaches at least as far as that of Clopper and Pearson for m images none (all)
+    of which lay beyond, 1 - (alpha / 2)^(1 / m) or (alpha / 2)^(1 / m).
+
     Args:
         known: scores of known images, [n].
         unknown: scores of unknown images, [m].
@@ -234,6 +238,8 @@ def bootstrap(
     n, m = (lengths.pop() for lengths in counts)
     generator = np.random.default_rng(seed)
     found = np.empty(replicates)
+    # One at a time: of 10,000 images drawing takes a tenth of the time of a figure that ranks them,
+    # so blocks of replicates would save next to nothing.
     for number in range(replicates):
         rows, others = generator.integers(n, size=n), generator.integers(m, size=m)
         found[number] = figure(
@@ -254,8 +260,13 @@ def _share_beyond(
     place = np.minimum(n * generator.beta(rank, n + 1 - rank, _CHEAP_REPLICATES), n - 1)
     threshold = np.sort(setting)[place.astype(np.int64)]
     beyond = m - np.searchsorted(np.sort(counted), threshold, "left")
-    found = generator.binomial(m, beyond / m) / m
-    return Interval(value, *_percentiles(found, confidence))
+    low, high = _percentiles(generator.binomial(m, beyond / m) / m, confidence)
+    bound = ((1 - confidence) / 2) ** (1 / m)
+    if value == 0:
+        high = max(high, 1 - bound)
+    elif value == 1:
+        low = min(low, bound)
+    return Interval(value, low, high)
 
 
 def _percentiles(found: Floats, confidence: float) -> tuple[float, float]:

@@ -14,9 +14,12 @@ from backmix.train.intervals import auroc_interval, fpr95_intervals, oscr_interv
 from backmix.train.models.heads import Head
 from backmix.train.outputs import Outputs
 from backmix.train.scores import CUES, Fit, every_score
+from backmix.train.scores.every import NEED_FIT
 
 MAIN_SCORES = ("msp", "max_logit", "energy", "ssod", "ssod_joint", "arpl", "cssr_s0", "cssr")
 """Scores that the table shows of every set: the common ones, and those of the methods."""
+ASKED_FOR = NEED_FIT | {"odin"}
+"""Scores that cost passes of their own (--fit, --odin); with one of them the table shows all."""
 CCR_PERCENT = (1, 5, 10)
 """Shares of accepted unknown images at which the correct-classification rate is read."""
 
@@ -236,7 +239,8 @@ def _groups(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def table(document: dict[str, Any]) -> str:
     """Return the main content of metrics.json as text for a terminal, figures in percent.
 
-    Of every unknown set the main scores; of groups of sets, whose means are what is quoted, all.
+    Of every unknown set the main scores, and with --fit or --odin two figures of all others; of
+    groups of sets, whose means are what is quoted, all scores instead.
     """
     known = document[KNOWN]
     split = document["split"]
@@ -247,6 +251,13 @@ def table(document: dict[str, Any]) -> str:
     ]
     if document[UNKNOWN]:
         lines += ["", *_set_rows(document[UNKNOWN])]
+        lone = {name: images for name, images in document[UNKNOWN].items() if not images["group"]}
+        others = _others(document[UNKNOWN])
+        if lone and ASKED_FOR.intersection(others):
+            lines += ["", *_other_rows(lone, others), "all other metrics: metrics.json"]
+        elif others:
+            count = len(others)
+            lines.append(f"{count} further scores and the metrics left out here: metrics.json")
     if document.get("groups"):
         lines += ["", *_group_rows(document["groups"])]
     if document.get("shifted"):
@@ -265,10 +276,8 @@ def _set_rows(sets: Mapping[str, Any]) -> list[str]:
         "   known unknown   unknown    known",
         f"{blank}                                                  accepted rejected",
     ]
-    hidden = 0
     for name, images in sets.items():
         head = f"{name:{width}} {images['n']:7,}"
-        hidden = max(hidden, len(images["scores"]) - len(shown[name]))
         for score in shown[name]:
             figures = images["scores"][score]
             f = {metric: 100 * x for metric, x in figures.items() if isinstance(x, float)}
@@ -286,8 +295,36 @@ def _set_rows(sets: Mapping[str, Any]) -> list[str]:
             lines += _beside(head, "cues, either way:", images["cues"])
         if images["bad"]:
             lines.append(f"{name}:{_bad(images)}")
-    if hidden:
-        lines.append(f"{hidden} further scores and the metrics left out here: metrics.json")
+    return lines
+
+
+def _others(sets: Mapping[str, Any]) -> list[str]:
+    """Return the scores that are no main ones; every set has the same."""
+    scores = next(iter(sets.values()))["scores"]
+    return [score for score in scores if score not in MAIN_SCORES]
+
+
+def _other_rows(sets: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
+    """Return AUROC and FPR95 of scores, the sets side by side, in a hundred columns."""
+    wide = max(len("other scores"), *map(len, scores))
+    column = max(18, *(len(name) + 2 for name in sets))
+    at_once = max(1, (100 - wide) // column)
+    lines: list[str] = []
+    for start in range(0, len(sets), at_once):
+        names = list(sets)[start : start + at_once]
+        lines += [
+            *([""] if lines else []),
+            " " * wide + "".join(f"{name:>{column}}" for name in names),
+            f"{'other scores':{wide}}" + f"{'AUROC':>{column - 9}}    FPR95" * len(names),
+            f"{'':{wide}}" + f"{'rejected':>{column}}" * len(names),
+        ]
+        for score in scores:
+            cells = ""
+            for name in names:
+                figures = sets[name]["scores"][score]
+                cells += f"{100 * figures['auroc']:{column - 9}.2f}"
+                cells += f"{100 * figures['fpr95_known_rejected']:9.2f}"
+            lines.append(f"{score:{wide}}{cells}")
     return lines
 
 

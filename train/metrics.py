@@ -42,7 +42,7 @@ def accuracy(correct: ArrayLike) -> float:
 def auroc(known: ArrayLike, unknown: ArrayLike) -> float:
     """Return the chance that a random known image outscores a random unknown one, ties half.
 
-    (1 / nm) * sum_ij H(k_i, u_j), the area under the ROC curve; O((n + m) log m).
+    (1 / nm) * sum_ij H(k_i, u_j), the area under the ROC curve; O((n + m) log(n + m)).
 
     Args:
         known: scores of known images, [n].
@@ -442,9 +442,12 @@ def with_rejection(
 
 def doubled_wins(known: Floats, unknown: Floats) -> Ints:
     """Return 2 * sum_j H(k_i, u_j) of every known image, int64 [n]."""
-    ranked = np.sort(unknown)
+    ranked, order = np.sort(unknown), np.argsort(known)
+    rising = known[order]  # what is looked up in order is found some three times as fast
+    wins = np.empty(len(known), np.int64)
     # below + (below or tied) counts a win as 2 and a tie as 1.
-    return np.searchsorted(ranked, known, "left") + np.searchsorted(ranked, known, "right")
+    wins[order] = np.searchsorted(ranked, rising, "left") + np.searchsorted(ranked, rising, "right")
+    return wins
 
 
 def _steps(positive: Floats, negative: Floats) -> tuple[Floats, Ints, Ints]:

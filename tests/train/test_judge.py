@@ -1,6 +1,7 @@
 """What stands in metrics.json: every figure against the function or formula that defines it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,3 +168,39 @@ def test_the_table_shows_main_scores_groups_and_shift_in_a_hundred_columns() -> 
     assert f"{100 * DOCUMENT['shifted']['rain']['scores']['msp']['auroc']:.2f}" in row
     assert "1 further scores and the metrics left out here: metrics.json" in lines
     assert lines[-1] == "note: the set x is missing: gone"
+
+
+@pytest.mark.parametrize("asked", ["knn", "odin"])
+def test_fitted_scores_stand_in_the_table_of_sets_without_a_group(asked: str) -> None:
+    def with_scores(images: Scored, name: str = "") -> Scored:
+        rng = np.random.default_rng(len(images))
+        more = {asked: images.scores["gen"] + rng.normal(0, 1, len(images))}
+        return replace(images, name=name or images.name, scores={**images.scores, **more})
+
+    lone = [with_scores(UNKNOWN[3], f"set{number}") for number in range(7)]
+    lone[3] = replace(lone[3], name="a-longer-name-of-a-set")
+    document = judge(with_scores(KNOWN), [with_scores(UNKNOWN[0]), *lone])
+    header = {"split": None, "classes": ["a", "b", "c"], "notes": []}
+    lines = table({**document, **header}).splitlines()
+    # Side by side in blocks; scores of the group "near" stand among its means, once.
+    starts = [number for number, line in enumerate(lines) if line.startswith("other scores")]
+    found: dict[str, dict[str, tuple[float, float]]] = {"gen": {}, asked: {}}
+    for start in starts:
+        names = lines[start - 1].split()
+        assert max(map(len, lines[start - 1 : start + 4])) <= 100
+        for line in lines[start + 2 : start + 4]:
+            score, *figures = line.split()
+            pairs = zip(map(float, figures[::2]), map(float, figures[1::2]), strict=True)
+            found[score] |= dict(zip(names, pairs, strict=True))
+    for score, of_sets in found.items():
+        assert list(of_sets) == [images.name for images in lone]
+        for name, (area, rejected) in of_sets.items():
+            figures = document["unknown"][name]["scores"][score]
+            assert area == pytest.approx(100 * figures["auroc"], abs=0.0051)
+            assert rejected == pytest.approx(100 * figures["fpr95_known_rejected"], abs=0.0051)
+    assert len(starts) > 1 and "all other metrics: metrics.json" in lines
+    assert not any("further scores" in line for line in lines)
+    # Of groups alone the means are enough.
+    grouped = judge(with_scores(KNOWN), [with_scores(UNKNOWN[0])])
+    text = table({**grouped, **header})
+    assert "other scores" not in text and "2 further scores" in text

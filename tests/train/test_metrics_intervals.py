@@ -184,7 +184,25 @@ def test_fpr_intervals_are_those_of_drawing_images_anew() -> None:
 def test_an_image_at_the_threshold_is_beyond_it_in_an_interval_too() -> None:
     same = np.ones(30)
     for interval in fpr95_intervals(same, same):
-        assert (interval.value, interval.ends) == (1, [1, 1])
+        # All of 30 images: at share p that happens with chance p^30.
+        assert (interval.value, interval.high) == (1, 1)
+        assert interval.low**30 == pytest.approx(0.025)
+
+
+def test_no_image_of_a_few_beyond_the_threshold_is_not_called_certain() -> None:
+    perfect = fpr95_intervals(np.arange(200) + 100.0, np.arange(20.0), 0.9)
+    for interval, images in zip(perfect, (20, 200), strict=True):
+        assert (interval.value, interval.low) == (0, 0)
+        assert (1 - interval.high) ** images == pytest.approx(0.05)
+    # Four standard deviations apart 0.93 % of the unknown images pass: none of 50 in two of three
+    # draws. Of 400 intervals at 95 % the count that holds has a standard deviation of 4.
+    rng = np.random.default_rng(8)
+    true = 1 - NormalDist().cdf(4 + NormalDist().inv_cdf(0.05))
+    held = 0
+    for _ in range(400):
+        interval, _ = fpr95_intervals(rng.normal(4, 1, 500), rng.normal(0, 1, 50))
+        held += interval.low <= true <= interval.high
+    assert held >= 368
 
 
 def test_a_seed_fixes_an_interval() -> None:
@@ -193,6 +211,16 @@ def test_a_seed_fixes_an_interval() -> None:
     assert fpr95_intervals(known, unknown) == fpr95_intervals(known, unknown)
     same = [bootstrap(metrics.dtacc, [known], [unknown], replicates=50, seed=s) for s in (1, 1, 2)]
     assert same[0] == same[1] != same[2]
+
+
+def test_a_bootstrap_is_percentiles_of_figures_of_drawn_images() -> None:
+    rng = np.random.default_rng(9)
+    known, unknown = rng.normal(1, 1, 30), rng.normal(0, 1, 20)
+    drawn = np.random.default_rng(4)
+    rows = [(drawn.integers(30, size=30), drawn.integers(20, size=20)) for _ in range(200)]
+    found = [metrics.dtacc(known[k], unknown[u]) for k, u in rows]
+    interval = bootstrap(metrics.dtacc, [known], [unknown], 0.8, replicates=200, seed=4)
+    assert interval.ends == np.quantile(found, [0.1, 0.9]).tolist()
 
 
 def test_each_side_of_a_bootstrap_keeps_its_size_and_its_rows_together() -> None:

@@ -387,6 +387,14 @@ def test_chunks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_allclose(parts[name], scores, rtol=1e-7, atol=1e-9, err_msg=name)
 
 
+def test_react_clips_at_the_ninetieth_percentile_of_all_entries() -> None:
+    head, train = toy(0)
+    fit = fit_scores(train, linear_head(head))
+    assert fit.linear is not None
+    expected = np.percentile(train.features.astype(np.float64), 90)
+    assert fit.linear.clip == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("images", [1, 2, 3, 7])
 def test_a_fit_to_few_images_gives_scores(images: int) -> None:
     head, test = toy(1)

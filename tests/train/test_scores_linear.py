@@ -163,6 +163,22 @@ def test_vim_keeps_a_residual_where_images_are_few(images: int) -> None:
     assert np.isfinite(vim(FEATURES, HEAD, found)).all()
 
 
+@pytest.mark.parametrize("alive", [1, 4, 5, 9])
+def test_vim_makes_no_score_of_rounding_where_few_channels_live(alive: int) -> None:
+    live = np.arange(C) < alive
+    found = residual((TRAIN * live).astype(np.float32), HEAD)
+    f = np.abs(FEATURES) * live
+    # u is one direction more of those that are in use; half of all 12 are principal.
+    assert (found.alpha == 0) == (alive + 1 <= C // 2)
+    if found.alpha == 0:
+        np.testing.assert_allclose(vim(f, HEAD, found), free_energy(f), rtol=1e-12)
+    else:
+        assert found.alpha < 100
+    # What is small, as fp32 leaves it, but no rounding of float64 counts: alpha grows to match.
+    whisper = residual((TRAIN * np.where(live, 1, 1e-7)).astype(np.float32), HEAD)
+    assert (1e4 < whisper.alpha < 1e10) == (found.alpha == 0)
+
+
 def test_vim_without_bias_begins_at_the_origin() -> None:
     plain = LinearHead(HEAD.weight, np.zeros(K))
     assert (residual(TRAIN, plain).origin == 0).all()

@@ -254,7 +254,9 @@ def fit_residual(
 
     The space is orthogonal to the `PRINCIPAL` directions with the largest E[(R'(f - u))^2]; half of
     all directions where the features have, or the images span, no more than that. alpha = mean of
-    max z over mean of |R'(f - u)|, over the training images; 0 where all these lengths are 0.
+    max z over mean of |R'(f - u)|, over the training images; 0 where all these lengths are 0 but
+    for rounding, as where fewer channels than the principal ones are ever alive: then nothing is
+    known of how far known images reach into this space.
 
     Args:
         features: of the training images, float [n, C].
@@ -269,8 +271,10 @@ def fit_residual(
     room = min(channels, count)
     basis = directions[:, : channels - (PRINCIPAL if PRINCIPAL < room else room // 2)]
     largest = float(logits.max(1).sum(dtype=np.float64))
-    lengths = 0.0
+    lengths = whole = 0.0
     for rows in spans(count, 4 * channels):
         away = features[rows].astype(np.float64) - origin
         lengths += float(np.linalg.norm(away @ basis, axis=1).sum())
-    return Residual(origin, np.ascontiguousarray(basis), largest / lengths if lengths else 0.0)
+        whole += float(np.linalg.norm(away, axis=1).sum())
+    alpha = largest / lengths if lengths > 1e-12 * whole else 0.0
+    return Residual(origin, np.ascontiguousarray(basis), alpha)
