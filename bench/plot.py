@@ -559,7 +559,7 @@ def with_tables(text: str, rows: Sequence[Row]) -> str:
     def table(found: re.Match[str]) -> str:
         stored = RESULTS / f"{found[2]}.table.json"
         if stored.exists():
-            page = table_page(json.loads(stored.read_text()), level=3)
+            page = table_page(json.loads(stored.read_text()), level=3, folded=True)
             return f"{found[1]}\n{page}\n{found[3]}"
         if found[2] not in TABLES:
             raise ValueError(f"there is no table {found[2]!r}, only {', '.join(TABLES)}")

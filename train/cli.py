@@ -108,7 +108,8 @@ class Report:
     """Make one self-contained page of one or several runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders; those of one method are averaged over splits and seeds."""
+    """Run folders, or the folder of a table; runs of one method are averaged over splits and
+    seeds."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page to write."""
     model: str = ""

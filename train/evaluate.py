@@ -29,6 +29,7 @@ from backmix.train.image_sets import (
 )
 from backmix.train.judge import Scored, judge, scored
 from backmix.train.log import GrowingFile
+from backmix.train.memory import keep_freed_memory
 from backmix.train.models.heads import Reconstruction
 from backmix.train.options import EvaluateOptions, Ssod, host_of
 from backmix.train.outputs import Outputs, store
@@ -91,6 +92,7 @@ def _evaluate(
     if options.train and not options.fit:
         raise ValueError("--train names the images that scores are fitted to: add --fit")
     device = device_of(options.device, world)
+    keep_freed_memory(device)
     if world.size > 1:
         options = replace(options, threads=options.threads or cores(world))
     with locked(run) if world.first else nullcontext():
@@ -99,7 +101,7 @@ def _evaluate(
         if trained.loader.size != trained_at:
             try_size(model, trained.loader.size, device)
         sets = image_sets(trained, options)
-        _refuse_names(sets.images)
+        refuse_names(sets.images)
         own = training_images(trained, options.train) if options.fit else []
         if not world.first:
             say = tell = lambda text: None
@@ -191,7 +193,7 @@ def _learned(viewing: Viewing, own: Sequence[BetonImages], folder: Path) -> _Own
     return _Own(fit, cssr, held_out)
 
 
-def _refuse_names(sets: Sequence[ImageSet]) -> None:
+def refuse_names(sets: Sequence[ImageSet]) -> None:
     """Refuse sets whose files would have the names of those of the training images."""
     for images in sets:
         if images.name in (TRAIN, HELD_OUT):

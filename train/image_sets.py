@@ -105,10 +105,27 @@ def image_sets(trained: Trained, options: EvaluateOptions) -> Sets:
         if images.name in names:
             raise ValueError(f"{asked}: there is a set of the name {images.name} already")
         names.add(images.name)
+    notes = [note for _, images in more if (note := _known_among(trained, images))]
     return Sets(
         (*found.images, *(images for _, images in more)),
         {**found.missing, **bench.missing},
-        (*found.notes, *bench.notes),
+        (*found.notes, *bench.notes, *notes),
+    )
+
+
+def _known_among(trained: Trained, images: ImageSet) -> str:
+    """Return a note where a set of unknown images has images of known classes, by their names."""
+    if not isinstance(images, BetonImages):
+        return ""
+    with open_set(images.files) as data:
+        there = {data.classes[number] for number in np.unique(data.labels[images.subset.index])}
+    # Numbers name no class: the 3 of one set has nothing to do with the 3 of another.
+    known = [name for name in trained.classes if name in there and not name.isdigit()]
+    if not known:
+        return ""
+    return (
+        f"the unknown set {images.name} has images of the run's known classes {few(known)}, which "
+        "count as unknown there"
     )
 
 

@@ -87,7 +87,7 @@ def run_jobs(
                     if not keep_going:
                         raise
                     failed[job.name] = str(error)
-                    end = f"FAILED: {error}"
+                    end = f"FAILED: {str(error).removeprefix(f'{job.name}: ')}"
                 running.remove(job)
                 done += 1
                 say(f"    {done}/{len(waiting)} {job.name}: {end}")

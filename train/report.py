@@ -53,7 +53,10 @@ from backmix.train.results import (
     Table,
     markdown,
     read_all,
+    run_folders,
     tables,
+    unpaired,
+    unpaired_notes,
 )
 from backmix.train.scores import SCORES
 
@@ -108,7 +111,8 @@ def write_report(runs: Sequence[Path], out: Path, program: str = "") -> str:
     """Write the page about finished and evaluated runs; returns its tables as Markdown.
 
     Args:
-        runs: run folders; those that differ only in seed, class list or data are averaged.
+        runs: run folders, or the folder of a table, which stands for its runs; those that differ
+            only in seed, class list or data are averaged.
         out: the HTML file; replaced if it exists.
         program: as in `trained.load_model`; without it what needs such a network is left out.
 
@@ -118,8 +122,9 @@ def write_report(runs: Sequence[Path], out: Path, program: str = "") -> str:
         OSError: `out` cannot be written.
     """
     check_page(out, "report")
-    groups = read_all(runs)
+    groups = read_all(run_folders(runs))
     results = tables(groups)
+    notes = _notes(groups)
     values = {
         "title": _title(groups),
         "facts": _facts(groups),
@@ -128,6 +133,7 @@ def write_report(runs: Sequence[Path], out: Path, program: str = "") -> str:
         "score_names": SCORE_NAMES,
         "metric_names": METRICS,
         "compared": COMPARED,
+        "notes": notes,
         "markdown": markdown(results),
         "charts": _charts(groups, results),
         "pictures": _pictures(groups),
@@ -137,12 +143,11 @@ def write_report(runs: Sequence[Path], out: Path, program: str = "") -> str:
         "numbers": embedded(_numbers(groups)),
     }
     write_page(out, "report.html.j2", values)
-    return markdown(
-        [
-            replace(table, rows=tuple(row for _, rows in _folded(table, groups)[0] for row in rows))
-            for table in results
-        ]
-    )
+    short = [
+        replace(table, rows=tuple(row for _, rows in _folded(table, groups)[0] for row in rows))
+        for table in results
+    ]
+    return "\n".join([markdown(short), *(f"- {note}" for note in notes)])
 
 
 def main_scores(groups: Sequence[Group]) -> list[str]:
@@ -210,6 +215,25 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
         ("Versions", _counted(_shown(run.config["versions"]) for run in runs)),
         ("Commit", _counted(run.config["commit"] for run in runs)),
     ]
+
+
+def _notes(groups: Sequence[Group]) -> list[str]:
+    """Return what a reader of the tables must know: each sentence once, with its rows' labels."""
+    runs = [(group.label, run) for group in groups for run in group.runs]
+    baselines = [run for _, run in runs if run.is_baseline]
+    told: dict[str, Counter[str]] = {}
+    for label, run in runs:
+        for note in run.metrics.get("notes", []):
+            told.setdefault(note, Counter())[label] += 1
+    counts = Counter(label for label, _ in runs)
+    notes = unpaired_notes((label, unpaired(run, baselines)) for label, run in runs)
+    for note, labels in told.items():
+        each = [
+            label if number == counts[label] else f"{label} ({number} of {counts[label]} runs)"
+            for label, number in labels.items()
+        ]
+        notes.append(note if labels == counts else f"{', '.join(each)}: {note}")
+    return notes
 
 
 def _run_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:

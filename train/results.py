@@ -9,6 +9,7 @@ import itertools
 import json
 import reprlib
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -114,8 +115,18 @@ class Judged:
         """Return a figure in [0, 1], or None where this run was not judged on that set."""
         if metric == "accuracy":
             return self.metrics["known"]["accuracy"]
-        images = self.metrics["unknown"].get(unknown)
-        return None if images is None else images["scores"].get(score, {}).get(metric)
+        return self.scores_on(unknown).get(score, {}).get(metric)
+
+    def scores_on(self, unknown: str) -> dict[str, Any]:
+        """Return the figures of every score on an unknown set, or on the mean of a group."""
+        found = self.metrics["unknown"].get(unknown) or self.means.get(unknown)
+        return found["scores"] if found else {}
+
+    @property
+    def means(self) -> dict[str, Any]:
+        """The means over groups of unknown sets, by words that name the group and its sets."""
+        groups = self.metrics.get("groups", {})
+        return {f"{name}: {', '.join(g['sets'])}": g for name, g in groups.items()}
 
 
 @dataclass(frozen=True)
@@ -165,11 +176,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All configurations on one unknown set."""
+    """All configurations on one unknown set, or on the mean over a group of sets."""
 
     unknown: str
+    """The set; of a group its name and its sets."""
     images: str
     """Sizes of the known and the unknown set."""
+    mean: bool
+    """Figures are unweighted means over the sets of a group."""
     rows: tuple[Row, ...]
 
     @property
@@ -187,7 +201,8 @@ def read_judged(folder: Path) -> Judged:
             is damaged; the message says which, and what to do.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no run folder: there is no such folder")
+        why = "it is a file" if folder.exists() else "there is no such folder"
+        raise ValueError(f"{folder} is no run folder: {why}")
     config = read_config(folder)
     status = read_status(folder)
     if status["state"] != "finished":
@@ -215,6 +230,29 @@ def read_judged(folder: Path) -> Judged:
     )
 
 
+def run_folders(folders: Sequence[Path]) -> list[Path]:
+    """Return run folders: those given, and instead of a folder of `backmix table` its runs.
+
+    Raises:
+        ValueError: a table's folder without a finished table, or with a damaged one.
+    """
+    found = []
+    for folder in folders:
+        stored, runs = folder / "table.json", folder / "runs"
+        if (folder / "config.json").exists() or not runs.is_dir():
+            found.append(folder)
+            continue
+        if not stored.exists():
+            raise ValueError(
+                f"{folder} holds a table that is not done: finish it with the command that began "
+                f"it, or name runs: {runs}/*/"
+            )
+        document = _parsed(stored, _text(stored))
+        for run in _part(stored, document, list, "runs"):
+            found.append(runs / _part(stored, run, str, "folder"))
+    return found
+
+
 def read_all(folders: Sequence[Path]) -> list[Group]:
     """Read run folders and group the repetitions; the baseline first, then in the given order.
 
@@ -227,7 +265,7 @@ def read_all(folders: Sequence[Path]) -> list[Group]:
     runs = [read_judged(folder) for folder in unique.values()]
     grouped: dict[str, list[Judged]] = {}
     for run in sorted(runs, key=lambda run: not run.is_baseline):
-        grouped.setdefault(_key(run, ignored=_REPEATED), []).append(run)
+        grouped.setdefault(configuration(run.config["run"]), []).append(run)
     for group in grouped.values():
         group.sort(key=_repetition)
         for first, second in itertools.pairwise(group):
@@ -243,11 +281,15 @@ def read_all(folders: Sequence[Path]) -> list[Group]:
 
 
 def tables(groups: Sequence[Group]) -> list[Table]:
-    """Return one table per unknown set, in the order in which the runs name them."""
+    """Return one table per unknown set, in the order in which the runs name them, then the groups.
+
+    Means over other sets are other figures: a group that lacks a set in some runs is two groups.
+    """
     runs = [run for group in groups for run in group.runs]
     baselines = {pair_key(run): run for run in runs if run.is_baseline}
     sets = dict.fromkeys(name for run in runs for name in run.metrics["unknown"])
-    return [_table(name, groups, baselines) for name in sets]
+    means = dict.fromkeys(name for run in runs for name in run.means)
+    return [_table(name, groups, baselines) for name in (*sets, *means)]
 
 
 def markdown(some: Sequence[Table]) -> str:
@@ -255,7 +297,8 @@ def markdown(some: Sequence[Table]) -> str:
     parts = []
     for table in some:
         head = ["score", "method", "runs", "accuracy", "AUROC", "to softmax", "OSCR", "to softmax"]
-        lines = [f"Unknown set `{table.unknown}` ({table.images}), percent:", ""]
+        what = "Mean over" if table.mean else "Unknown set"
+        lines = [f"{what} `{table.unknown}` ({table.images}), percent:", ""]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for row in table.rows:
             cells = [SCORE_NAMES.get(row.score, row.score), row.label, str(row.runs)]
@@ -286,8 +329,8 @@ def method_label(method: Mapping[str, Any]) -> str:
 
 
 def _table(unknown: str, groups: Sequence[Group], baselines: Mapping[str, Judged]) -> Table:
-    runs = [run for group in groups for run in group.runs if unknown in run.metrics["unknown"]]
-    scores = dict.fromkeys(s for run in runs for s in run.metrics["unknown"][unknown]["scores"])
+    runs = [run for group in groups for run in group.runs if run.scores_on(unknown)]
+    scores = dict.fromkeys(score for run in runs for score in run.scores_on(unknown))
     rows = []
     for score in scores:
         for group in groups:
@@ -295,8 +338,11 @@ def _table(unknown: str, groups: Sequence[Group], baselines: Mapping[str, Judged
             if judged:
                 rows.append(row_of(score, group.label, judged, unknown, baselines))
     known = _range(run.metrics["known"]["n"] for run in runs)
+    mean = any(unknown in run.means for run in runs)
+    if mean:
+        return Table(unknown, f"{known} known images, each set alike", mean, tuple(rows))
     images = _range(run.metrics["unknown"][unknown]["n"] for run in runs)
-    return Table(unknown, f"{known} known and {images} unknown images", tuple(rows))
+    return Table(unknown, f"{known} known and {images} unknown images", mean, tuple(rows))
 
 
 def row_of(
@@ -361,12 +407,21 @@ def problem_of(run: Judged) -> str:
     return f"{split['protocol']} {split['family']}" if split else "no protocol"
 
 
-def _key(run: Judged, ignored: Iterable[str]) -> str:
-    """Return a run's options as one string, without the ignored ones."""
-    kept = {name: value for name, value in run.options.items() if name not in set(ignored)}
+def configuration(options: Mapping[str, Any]) -> str:
+    """Return what all repetitions of a configuration share, as one string.
+
+    Args:
+        options: of a run, as config.json has them under `run`.
+    """
+    return json.dumps(_shared(_flat(options)), sort_keys=True)
+
+
+def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options, by dotted name, in which repetitions of a configuration agree."""
+    kept = {name: value for name, value in options.items() if name not in _REPEATED}
     # Every class list and seed begins with a network of its own: only whether there is one counts.
     kept["init"] = kept.get("init") is not None
-    return json.dumps(kept, sort_keys=True)
+    return kept
 
 
 def _repetition(run: Judged) -> tuple[int, int, list[str], str]:
@@ -378,15 +433,52 @@ def _repetition(run: Judged) -> tuple[int, int, list[str], str]:
 
 def pair_key(run: Judged) -> str:
     """Return a key that a run shares with its baseline: all but the method is the same."""
+    return json.dumps([_training(run), _repetition(run)], sort_keys=True)
+
+
+def _training(run: Judged) -> dict[str, Any]:
+    """Return the options, by dotted name, in which a run and its baseline agree."""
     options = run.options
-    method = {name for name in options if name.startswith("method.")}
     # ARPL+CS makes two passes an epoch: twice the epochs are the same training.
     passes = 2 if any(options.get(f"method.{at}confusing") for at in ("", "host.")) else 1
-    length = {"epochs", "optim.milestones"}
-    epochs = options["epochs"] / passes
-    milestones = [at / passes for at in options["optim.milestones"]]
-    kept = _key(run, _REPEATED | method | length)
-    return kept + json.dumps([epochs, milestones, _repetition(run)])
+    kept = {k: v for k, v in _shared(options).items() if not k.startswith("method.")}
+    kept["epochs"] = options["epochs"] / passes
+    kept["optim.milestones"] = [at / passes for at in options["optim.milestones"]]
+    return kept
+
+
+def unpaired(run: Judged, baselines: Iterable[Judged]) -> str:
+    """Return why a run has no difference to softmax; nothing where it has one, or is softmax."""
+    found = list(baselines)
+    if run.is_baseline or any(pair_key(run) == pair_key(baseline) for baseline in found):
+        return ""
+    if not found:
+        return "there is no softmax run"
+    alike = [baseline for baseline in found if _repetition(run) == _repetition(baseline)]
+    if not alike:
+        return "there is no softmax run of the same class list, seed and data"
+    here = _training(run)
+    differing = []
+    for there in map(_training, alike):
+        names = [k for k in here.keys() | there.keys() if here.get(k) != there.get(k)]
+        differing.append([f"{k} {_told(there.get(k))}, not {_told(here.get(k))}" for k in names])
+    return f"the softmax run has {'; '.join(sorted(min(differing, key=len)))}"
+
+
+def unpaired_notes(reasons: Iterable[tuple[str, str]]) -> list[str]:
+    """Return sentences on the rows without a difference to softmax.
+
+    Args:
+        reasons: of every run the label of its row, and what `unpaired` says of it.
+    """
+    runs = list(reasons)
+    counts = Counter(label for label, _ in runs)
+    notes = []
+    for (label, reason), number in Counter(runs).items():
+        if reason:
+            some = "" if number == counts[label] else f" ({number} of {counts[label]} runs)"
+            notes.append(f"{label}{some} is not compared with softmax: {reason}")
+    return notes
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -430,6 +522,11 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     for name in _part(path, document, dict, "unknown"):
         _part(path, document, int, "unknown", name, "n")
         scores = ("unknown", name, "scores")
+        for score in _part(path, document, dict, *scores):
+            figures += [(*scores, score, metric) for metric in METRICS]
+    for name in _part(path, document, dict, "groups") if "groups" in document else ():
+        _texts(path, document, "groups", name, "sets")
+        scores = ("groups", name, "scores")
         for score in _part(path, document, dict, *scores):
             figures += [(*scores, score, metric) for metric in METRICS]
     for names in figures:
@@ -507,3 +604,10 @@ def _range(numbers: Iterable[int]) -> str:
 
 def _shown(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _told(value: Any) -> str:
+    """Return an option's value for a sentence: numbers without a needless .0."""
+    if isinstance(value, list):
+        return " ".join(map(_told, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,18 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backmix.pipeline.beton import open_set
+from backmix.pipeline.loader import LARGEST_VIEW
 from backmix.pipeline.options import usable_cores
 from backmix.train import protocols
 from backmix.train.check import check
-from backmix.train.checkpoint import write_atomically
+from backmix.train.checkpoint import locked, write_atomically
+from backmix.train.evaluate import refuse_names
+from backmix.train.image_sets import KNOWN, BetonImages, image_sets
 from backmix.train.jobs import Job, Say, finished, run_jobs
+from backmix.train.known import known_classes
 from backmix.train.log import Progress
-from backmix.train.options import Arpl, Run, TableOptions, host_of
+from backmix.train.options import Arpl, EvaluateOptions, Run, TableOptions, host_of
+from backmix.train.outputs import load_outputs
 from backmix.train.recipes import METHOD_ROWS, RECIPES, parse_run
-from backmix.train.results import read_all
-from backmix.train.run_folder import read_config
+from backmix.train.results import configuration, read_all, read_judged
+from backmix.train.run_folder import as_document, read_config
 from backmix.train.table_page import table_document, table_page
-from backmix.train.trained import read_run
+from backmix.train.trained import Trained, read_run
 
 SMALL = (
     "--model classifier32-quarter --loader.batch 128 --optim.kind sgd --optim.lr 0.1 "
@@ -34,6 +39,14 @@ SMALL = (
     "--threads 1"
 )
 """Options of --budget small: one network of 63,000 parameters and one short schedule for all."""
+_OF_THE_TABLE = {
+    "--data": "--data",
+    "--out": "--out",
+    "--seed": "--seeds and --first-seed",
+    "--split.family": "--family",
+    "--split.list": "--lists",
+}
+"""Options of `backmix train` that every cell is given, and what of a table sets them."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +77,18 @@ def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
     grid = cells(base, options)
     if not options.data or not options.test:
         raise ValueError("a table needs both sets: --data TRAIN.beton --test TEST.beton")
-    for cell in grid:
-        _check(cell, options)
-    _check_sets(options)
+    trained = [_checked(cell, options) for cell in grid]
+    _refuse_repeats(grid, trained)
+    sets = _sets(grid, trained, options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out):
+        return _run(grid, sets, options, say)
+
+
+def _run(grid: Sequence[Cell], sets: "_Sets", options: TableOptions, say: Say) -> int:
+    """Do what is left of a grid that has been checked, alone in its folder."""
     runs = options.out / "runs"
-    left = [job for cell in grid if (job := _job(cell, runs, options)) is not None]
+    left = [job for cell in grid if (job := _job(cell, runs, sets, options)) is not None]
     # The small budget trains on one thread a cell; the full one on all cores, or on the GPU.
     usual = usable_cores() if options.budget == "small" else 1
     workers = max(1, min(options.workers or usual, len(left)))
@@ -78,6 +98,13 @@ def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
     )
     watch = _Watch(left, runs, grid, quiet=options.quiet)
     failed = run_jobs(left, workers, say, keep_going=True, watch=watch)
+    for cell in grid:
+        if cell.name not in failed:
+            try:
+                read_judged(runs / cell.name)
+            except (ValueError, OSError) as error:
+                again = f"remove {runs / cell.name}, and the same command trains it anew"
+                failed[cell.name] = f"{cell.name}: {error}; {again}"
     done = [runs / cell.name for cell in grid if cell.name not in failed]
     if not done:
         raise ValueError(
@@ -89,6 +116,9 @@ def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
     write_atomically(options.out / "table.json", (json.dumps(document) + "\n").encode())
     say(page)
     say(f"wrote {options.out / 'table.md'} and table.json; {len(done)} of {len(grid)} cells")
+    others = {path.parent.name for path in runs.glob("*/metrics.json")} - {c.name for c in grid}
+    if others:
+        say(f"not in it are runs of other grids in {runs}: {len(others)}")
     for message in failed.values():
         say(f"not in it: {message}")
     return 1 if failed else 0
@@ -100,7 +130,9 @@ def cells(base: str, options: TableOptions) -> list[Cell]:
     Raises:
         ValueError: a method or list that does not exist, or a grid without a cell.
     """
-    rows = [words for row in options.methods.split(",") if (words := shlex.split(row))]
+    rows = [
+        words for row in options.methods.split(",") if (words := _words("--methods", row.strip()))
+    ]
     if not rows or options.seeds < 1:
         raise ValueError("a table needs at least one method (--methods) and one seed (--seeds)")
     if f"{base}-softmax" not in RECIPES:
@@ -113,6 +145,14 @@ def cells(base: str, options: TableOptions) -> list[Cell]:
     names = [_name(row) for row in rows]
     if len(set(names)) < len(names):
         raise ValueError(f"--methods names a row twice: {', '.join(names)}")
+    further = _words("--options", options.options)
+    for word in (*further, *(word for row in rows for word in row[1:])):
+        name = word.partition("=")[0].replace("_", "-")
+        if name in _OF_THE_TABLE:
+            raise ValueError(
+                f"{name} is no option of single rows or cells: the table sets it, by "
+                f"{_OF_THE_TABLE[name]}"
+            )
     common = shlex.split(SMALL if options.budget == "small" else "")
     made = []
     for number in _lists(RECIPES[f"{base}-softmax"](), options):
@@ -125,9 +165,17 @@ def cells(base: str, options: TableOptions) -> list[Cell]:
                     name_here = f"{name}-{options.family}{number}-seed{seed}"
                 else:
                     name_here = f"{name}-seed{seed}"
-                chosen += [*shlex.split(options.options), *own]
+                chosen += [*further, *own]
                 made.append(Cell(name_here, recipe, tuple(chosen)))
     return made
+
+
+def _words(option: str, text: str) -> list[str]:
+    """Return a text's words as a shell has them; ValueError names the option that holds it."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {text} cannot be read as options: {error}") from None
 
 
 def _name(row: Sequence[str]) -> str:
@@ -162,31 +210,80 @@ def _epochs(run: Run, options: TableOptions) -> list[str]:
     return ["--epochs", str(passes * epochs)]
 
 
-def _check(cell: Cell, options: TableOptions) -> None:
-    """Refuse a cell's options before the first cell is trained."""
+def _checked(cell: Cell, options: TableOptions) -> Run:
+    """Return what a cell trains; its options are refused before the first cell is trained."""
     given = ["--data", *map(str, options.data), "--out", str(options.out), *cell.options]
     try:
-        check(parse_run(cell.recipe, given))
+        run = parse_run(cell.recipe, given)
+        check(run)
     except SystemExit:
         raise ValueError(
             f"{cell.name}: its training options are not understood, see above"
         ) from None
     except ValueError as error:
         raise ValueError(f"{cell.name}: {error}") from error
+    return run
 
 
-def _check_sets(options: TableOptions) -> None:
-    """Refuse sets that are not there before the first cell is trained."""
-    for files in (options.data, options.test, options.unknown_data):
-        if files:
-            open_set(files).close()
-    for given in options.unknown:
-        name, equals, path = given.partition("=")
-        if not (name and equals and Path(path).exists()):
-            raise ValueError(f"--unknown {given}: write NAME=PATH, with the path of what is there")
+def _refuse_repeats(grid: Sequence[Cell], trained: Sequence[Run]) -> None:
+    """Refuse cells that would be the same run under two names, and so no table in the end."""
+    seen: dict[tuple[str, int, int], str] = {}
+    for cell, run in zip(grid, trained, strict=True):
+        key = configuration(as_document(run)), run.split.list, run.seed
+        if seen.setdefault(key, cell.name) != cell.name:
+            raise ValueError(
+                f"{seen[key]} and {cell.name} would be the same run twice: an option of one row "
+                "has the value that it has without it; leave one of them out"
+            )
 
 
-def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
+@dataclass(frozen=True)
+class _Sets:
+    """What the files hold that a grid is trained and judged on."""
+
+    data: str
+    """Digest of the training set."""
+    judged: dict[str, str | tuple[str, int]]
+    """Of every set that cells are judged on: its digest; of a folder, its path and its images."""
+
+
+def _sets(grid: Sequence[Cell], trained: Sequence[Run], options: TableOptions) -> _Sets:
+    """Find all sets, as training and evaluation do; what is wrong is refused before any of it."""
+    if options.size and not 1 <= options.size <= LARGEST_VIEW:
+        raise ValueError(f"--size must be 1 to {LARGEST_VIEW} pixels, got {options.size}")
+    asked = EvaluateOptions(
+        test=options.test, unknown_data=options.unknown_data, unknown=options.unknown
+    )
+    judged: dict[str, str | tuple[str, int]] = {}
+    with open_set(options.data) as data:
+        # Cells differ in what is known, and in nothing else that matters to their sets.
+        by_split = {run.split: (run, cell) for run, cell in zip(trained, grid, strict=True)}
+        for run, cell in by_split.values():
+            known = known_classes(run, data.classes)
+            split = run.split
+            one = Trained(
+                run=Path(cell.name),
+                options=run,
+                classes=tuple(data.classes[number] for number in known),
+                known=tuple(known),
+                files=options.data,
+                digest=data.digest,
+                split=protocols.split(split.protocol, split.family, split.list)
+                if split.protocol
+                else None,
+            )
+            sets = image_sets(one, asked).images
+            refuse_names(sets)
+            for images in sets:
+                judged[images.name] = (
+                    images.digest
+                    if isinstance(images, BetonImages)
+                    else (str(images.folder), len(images))
+                )
+        return _Sets(data.digest, judged)
+
+
+def _job(cell: Cell, runs: Path, sets: _Sets, options: TableOptions) -> Job | None:
     """Return what is left to do for a cell, or None."""
     run = runs / cell.name
     commands: deque[list[str]] = deque()
@@ -194,8 +291,8 @@ def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
         train = ["train", cell.recipe, "--data", *map(str, options.data), "--out", str(run)]
         commands.append([*train, *cell.options])
     else:
-        _refuse_other_training(run, cell)
-    if commands or not _judged(run, options):
+        _refuse_other_training(run, cell, sets.data)
+    if commands or not _judged(run, sets, options):
         evaluate = ["evaluate", str(run), "--test", *map(str, options.test), "--threads", "1"]
         if options.unknown_data:
             evaluate += ["--unknown-data", *map(str, options.unknown_data)]
@@ -215,8 +312,8 @@ def _job(cell: Cell, runs: Path, options: TableOptions) -> Job | None:
     return Job(cell.name, commands, runs / f"{cell.name}.log") if commands else None
 
 
-def _refuse_other_training(run: Path, cell: Cell) -> None:
-    """Refuse a finished run of a cell's name that was trained by another command."""
+def _refuse_other_training(run: Path, cell: Cell, digest: str) -> None:
+    """Refuse a finished run of a cell's name that was trained otherwise, or on other data."""
     words = shlex.split(read_config(run).get("command", ""))
     options = words[words.index("--out") + 2 :] if "--out" in words else []
     if words[2:3] != [cell.recipe] or options != list(cell.options):
@@ -227,6 +324,12 @@ def _refuse_other_training(run: Path, cell: Cell) -> None:
             f"{run} is finished, but of another grid: it was {words[2]} with {before}, this one "
             f"asks for {cell.recipe} with {now}: choose another --out"
         )
+    trained = read_run(run)
+    if trained.digest != digest:
+        raise ValueError(
+            f"{run} is finished, but of another grid: it was trained on other data than --data "
+            f"holds now ({', '.join(map(str, trained.files))} then): choose another --out"
+        )
 
 
 def _pairs(options: Sequence[str]) -> list[str]:
@@ -234,16 +337,22 @@ def _pairs(options: Sequence[str]) -> list[str]:
     return " ".join(options).replace(" --", "\n--").splitlines()
 
 
-def _judged(run: Path, options: TableOptions) -> bool:
-    """Return whether a run has been judged by all that the grid asks for."""
+def _judged(run: Path, sets: _Sets, options: TableOptions) -> bool:
+    """Return whether a run has been judged by all that the grid asks for, on these very images."""
     try:
         metrics = json.loads((run / "metrics.json").read_text())
-        wanted = {given.partition("=")[0] for given in options.unknown}
         views = metrics["views"]
         size = options.size or read_run(run).loader.size
         if (views["size"], views["flip"]) != (size, options.flip):
             return False
-        return wanted <= metrics["unknown"].keys() and bool(metrics["fit"] or not options.fit)
+        for name, wanted in sets.judged.items():
+            found = load_outputs(run / "scores" / f"{name}.safetensors")
+            there = found.files[0], len(found) + len(found.bad)
+            if wanted != (found.digest if isinstance(wanted, str) else there):
+                return False
+        return sets.judged.keys() - {KNOWN} <= metrics["unknown"].keys() and bool(
+            metrics["fit"] or not options.fit
+        )
     except (OSError, ValueError, KeyError):
         return False
 
@@ -271,7 +380,8 @@ class _Watch:
         line = f"{len(running)} running, {after:.1f} cells left"
         if before > after:
             seconds = (now - self.began) * after / (before - after)
-            line += f", about {seconds // 3600:.0f} h {seconds % 3600 / 60:02.0f} min"
+            hours, minutes = divmod(round(seconds / 60), 60)
+            line += f", about {hours} h {minutes:02} min"
         self.progress.show(line)
 
     def _share(self, name: str) -> float:

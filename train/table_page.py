@@ -17,6 +17,8 @@ from backmix.train.results import (
     pair_key,
     problem_of,
     row_of,
+    unpaired,
+    unpaired_notes,
 )
 
 COMMON = ("max_logit", "msp")
@@ -27,7 +29,8 @@ def table_document(groups: Sequence[Group]) -> dict[str, Any]:
     """Return every figure of a grid of runs as plain JSON values, in [0, 1].
 
     {"problem": protocol and family, "runs": [{"folder", "method", "list", "seed", "repeats",
-    "model", "epochs", "commit", "torch", "device", "minutes", "command", "notes"}], "sets":
+    "model", "epochs", "commit", "torch", "device", "minutes", "command", "notes", "unpaired": why
+    there is no difference to softmax, or nothing}], "sets":
     {UNKNOWN: {"known": [smallest, greatest number of images], "unknown": likewise, "cues": {CUE:
     [figure]}}}, "rows": [{"method", "unknown", "score", "own": whether it is the method's own,
     "runs": [folder], "figures": {METRIC: [a value a run]}, "differences": {METRIC: [a value a
@@ -61,7 +64,11 @@ def table_document(groups: Sequence[Group]) -> dict[str, Any]:
                 )
     return {
         "problem": _each(problem_of(run) for run in runs),
-        "runs": [_run(run, group.label) for group in groups for run in group.runs],
+        "runs": [
+            _run(run, group.label) | {"unpaired": unpaired(run, baselines.values())}
+            for group in groups
+            for run in group.runs
+        ],
         "sets": sets,
         "rows": rows,
     }
@@ -110,18 +117,26 @@ def _set(unknown: str, runs: Sequence[Judged]) -> dict[str, Any]:
     }
 
 
-def table_page(document: Mapping[str, Any], level: int = 1) -> str:
-    """Return a document as a Markdown page, figures in percent; `level` of its first heading."""
+def table_page(document: Mapping[str, Any], level: int = 1, *, folded: bool = False) -> str:
+    """Return a document as a Markdown page, figures in percent.
+
+    Args:
+        document: as `table_document` returns it.
+        level: of the first heading.
+        folded: put what goes into detail into <details> elements: for a page that holds more
+            than this.
+    """
     runs = document["runs"]
     by_folder = {run["folder"]: run for run in runs}
     lists = _each(run["list"] for run in runs if run["list"])
-    lines = [f"{'#' * level} {document['problem']}", ""]
+    models = _each(run["model"] for run in runs)
+    epochs = _each(str(run["epochs"]) for run in runs)
+    several = len(document["sets"]) > 1
+    lines = [f"{'#' * level} {document['problem']}, {models}, {epochs} epochs", ""]
     lines += [
-        f"{len(runs)} runs: "
+        f"{len(runs)} run{'s' * (len(runs) > 1)}: "
         + (f"class lists {lists}; " if lists else "")
         + f"seeds {_each(str(run['seed']) for run in runs)}; "
-        f"network {_each(run['model'] for run in runs)}; "
-        f"epochs {_each(str(run['epochs']) for run in runs)}; "
         f"commit {_each(run['commit'] for run in runs)}; "
         f"torch {_each(run['torch'] for run in runs)}; "
         f"{_each(run['device'] for run in runs)}.",
@@ -129,19 +144,27 @@ def table_page(document: Mapping[str, Any], level: int = 1) -> str:
         "Mean ± sample standard deviation over the runs of a row, in percent. *to softmax*: the "
         "mean of the differences to the softmax run of the same class list, seed and data; a score "
         "that softmax has not is compared with its largest logit. FPR95: share of unknown images "
-        "accepted where 95 % of the known ones are. Nothing was fitted or chosen on these images.",
+        "accepted where 95 % of the known ones are; there less is better. Nothing was fitted or "
+        "chosen on these images.",
         "",
     ]
+    notes = unpaired_notes((run["method"], run.get("unpaired", "")) for run in runs)
+    lines += [*(f"- {note}" for note in notes), *([""] if notes else [])]
+    if several:
+        lines += [f"{'#' * (level + 1)} All unknown sets", "", *_overview(document)]
     for unknown, images in document["sets"].items():
         rows = [row for row in document["rows"] if row["unknown"] == unknown]
+        size = f"{_range(images['known'])} known and {_range(images['unknown'])} unknown images"
+        if folded and several:
+            summary = f"Unknown set <code>{unknown}</code>: {size}"
+            lines += ["<details>", f"<summary>{summary}</summary>", ""]
+        else:
+            lines += [f"{'#' * (level + 1)} Unknown set `{unknown}`", "", f"{size}.", ""]
         lines += [
-            f"{'#' * (level + 1)} Unknown set `{unknown}`",
-            "",
-            f"{_range(images['known'])} known and {_range(images['unknown'])} unknown images.",
-            "",
             *_main_table(rows, by_folder),
-            *_every_score(rows),
+            *_every_score(rows, folded=folded and not several),
             *_cues(images["cues"]),
+            *(["</details>", ""] if folded and several else []),
         ]
     told: dict[str, list[str]] = {}
     for run in runs:
@@ -153,6 +176,32 @@ def table_page(document: Mapping[str, Any], level: int = 1) -> str:
     return "\n".join([*lines, ""] if told else lines)
 
 
+def _overview(document: Mapping[str, Any]) -> list[str]:
+    """Return the AUROC of each method on every set, by its own scores and the common ones."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in document["rows"]:
+        if row["own"] or row["score"] in COMMON:
+            cell = _percent(row["figures"]["auroc"])
+            change = _percent(row["differences"].get("auroc", []), sign=True)
+            accuracy = {"": _percent(row["figures"]["accuracy"])}  # no set has no name
+            each = found.setdefault((row["method"], row["score"]), accuracy)
+            each[row["unknown"]] = f"{cell} ({change})" if change else cell
+    columns = "", *document["sets"]
+    head = ["method", "score", "accuracy", *(f"`{unknown}`" for unknown in document["sets"])]
+    body = [
+        [method, SCORE_NAMES.get(score, score), *(cells.get(name, "") for name in columns)]
+        for (method, score), cells in found.items()
+    ]
+    return ["AUROC, in brackets *to softmax*:", "", *_table(head, body)]
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, and an empty one."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (head, *body)]
+    lines = [escaped[0], ["---"] * len(head), *escaped[1:]]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
 def _main_table(rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Any]) -> list[str]:
     """Return each method by its own scores and the common ones."""
     shown = [row for row in rows if row["own"] or row["score"] in COMMON]
@@ -160,34 +209,53 @@ def _main_table(rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Any]) -> l
     head = ["method", "score", "runs", "accuracy", "AUROC", "to softmax"]
     head += ["AUROC, distinct lists"] if distinct else []
     head += ["OSCR", "to softmax", "FPR95", "to softmax"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    body = []
     for row in shown:
         figures, changes = row["figures"], row["differences"]
         cells = [row["method"], SCORE_NAMES.get(row["score"], row["score"]), str(len(row["runs"]))]
         cells.append(_percent(figures["accuracy"]))
         for metric in ("auroc", "oscr", "fpr95_unknown_accepted"):
             cells.append(_percent(figures[metric]))
-            cells.append(_percent(changes.get(metric, []), sign=True))
+            pairs = changes.get(metric, [])
+            change = _percent(pairs, sign=True)
+            # Else a reader would take it for the mean over all runs of the row.
+            cells.append(
+                f"{change} ({len(pairs)} of {len(row['runs'])})"
+                if 0 < len(pairs) < len(row["runs"])
+                else change
+            )
             if metric == "auroc" and distinct:
-                pairs = zip(figures[metric], row["runs"], strict=True)
-                cells.append(_percent([v for v, folder in pairs if not runs[folder]["repeats"]]))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return [*lines, ""]
+                each = zip(figures[metric], row["runs"], strict=True)
+                cells.append(_percent([v for v, folder in each if not runs[folder]["repeats"]]))
+        body.append(cells)
+    return _table(head, body)
 
 
-def _every_score(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _every_score(rows: Sequence[Mapping[str, Any]], *, folded: bool) -> list[str]:
     """Return the AUROC of every score under every method, where there are more than the shown."""
     scores = dict.fromkeys(row["score"] for row in rows)
     if len(scores) <= len(COMMON):
         return []
     methods = dict.fromkeys(row["method"] for row in rows)
     found = {(row["score"], row["method"]): row["figures"]["auroc"] for row in rows}
-    lines = ["AUROC of every score:", "", "| score | " + " | ".join(methods) + " |"]
-    lines.append("| --- |" + " --- |" * len(methods))
-    for score in scores:
-        cells = [_percent(found.get((score, method), [])) for method in methods]
-        lines.append(f"| {SCORE_NAMES.get(score, score)} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    body = [
+        [
+            SCORE_NAMES.get(score, score),
+            *(_percent(found.get((score, method), [])) for method in methods),
+        ]
+        for score in scores
+    ]
+    table = _table(["score", *methods], body)
+    if folded:
+        return [
+            "<details>",
+            "<summary>AUROC of every score</summary>",
+            "",
+            *table,
+            "</details>",
+            "",
+        ]
+    return ["AUROC of every score:", "", *table]
 
 
 def _cues(cues: Mapping[str, list[float]]) -> list[str]:

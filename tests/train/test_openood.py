@@ -421,6 +421,32 @@ def test_a_bench_and_named_sets_join_the_test_file(tmp_path: Path) -> None:
         image_sets(trained, twice)
 
 
+def test_an_unknown_set_with_images_of_known_classes_is_noted(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", ["x", "y", "3"])
+
+    def of(name: str, *labels: int) -> Path:
+        path = tmp_path / f"{name}.beton"
+        classes = ["z", "y", "3", "x"]
+        with Writer(
+            path, samples=len(labels), page_size=1 << 21, classes=classes, options={}
+        ) as writer:
+            for number, label in enumerate(labels):
+                record = Record(bytes(32 * 32 * 3), 1, 32, 32, label, 0, f"{number}.png")
+                writer.append(record)
+        return path
+
+    test, other, mixed = of("test", 0, 1, 2, 3), of("other", 0, 2), of("mixed", 0, 2, 3)
+    sets = image_sets(
+        read_run(tmp_path / "run"),
+        EvaluateOptions(test=(test,), unknown=(f"other={other}", f"mixed={mixed}")),
+    )
+    # A class without an image there does not count, and a number names no class.
+    assert sets.notes == (
+        "the unknown set mixed has images of the run's known classes x, which count as unknown "
+        "there",
+    )
+
+
 def test_wrong_combinations_are_said(tree: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "run", CIFAR10)
     trained = read_run(tmp_path / "run")

@@ -212,7 +212,14 @@ def test_methods_judged_on_different_problems_say_so_in_every_row(tmp_path):
 def test_a_baseline_of_other_training_is_no_baseline(tmp_path):
     base = write_run(tmp_path, "softmax", 0)
     longer = write_run(tmp_path, "backmix", 0, epochs=100)
-    assert row_of(results.read_all([base, longer]), "BackMix").differences == {}
+    groups = results.read_all([base, longer])
+    assert row_of(groups, "BackMix").differences == {}
+    note = "BackMix is not compared with softmax: the softmax run has epochs 2, not 100"
+    said = report.write_report([base, longer], tmp_path / "report.html")
+    assert said.endswith(f"- {note}")
+    assert f"<li>{note}.</li>" in (tmp_path / "report.html").read_text()
+    ((first,), (second,)) = (group.runs for group in groups)
+    assert results.unpaired(first, [first]) == results.unpaired(second, [second]) == ""
 
 
 @pytest.mark.parametrize(
@@ -625,6 +632,94 @@ def test_a_picture_that_cannot_be_drawn_leaves_a_sentence(tmp_path, monkeypatch)
 def test_an_empty_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^the page needs a name: -o FILE\.html"):
         report.write_report([write_run(tmp_path, "softmax", 0)], Path(""))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ((), "there is no softmax run"),
+        ((1,), "there is no softmax run of the same class list, seed and data"),
+        ((1, 0), ""),
+    ],
+)
+def test_a_row_without_difference_says_why(nine, chosen, reason):
+    run = results.read_judged(nine[6])  # BackMix, seed 0
+    assert results.unpaired(run, [results.read_judged(nine[seed]) for seed in chosen]) == reason
+
+
+def test_two_passes_an_epoch_are_no_reason_not_to_compare(tmp_path):
+    base = write_run(tmp_path, "softmax", 0)
+    twice = write_run(tmp_path, "backmix", 0, method=Arpl(confusing=True), epochs=4)
+    longer = write_run(tmp_path, "backmix", 1, method=Arpl(confusing=True), epochs=4)
+    baselines = [results.read_judged(base)]
+    assert results.unpaired(results.read_judged(twice), baselines) == ""
+    assert "seed" in results.unpaired(results.read_judged(longer), baselines)
+    more = write_run(tmp_path, "backmix", 0, method=Arpl(confusing=True), epochs=6)
+    why = results.unpaired(results.read_judged(more), baselines)
+    assert why == "the softmax run has epochs 2, not 3"
+
+
+def test_notes_stand_once_beside_the_tables_and_name_their_rows(tmp_path):
+    runs = [write_run(tmp_path, "softmax", seed) for seed in (0, 1)]
+    runs.append(write_run(tmp_path, "backmix", 0))
+    for run, notes in zip(
+        runs, (["everywhere", "once"], ["everywhere"], ["everywhere"]), strict=True
+    ):
+        document = json.loads((run / "metrics.json").read_text()) | {"notes": notes}
+        (run / "metrics.json").write_text(json.dumps(document))
+    said = report.write_report(runs, tmp_path / "report.html").splitlines()
+    assert said[-2:] == ["- everywhere", "- softmax (1 of 2 runs): once"]
+
+
+def test_groups_of_sets_have_tables_of_their_means(tmp_path):
+    def of(kind: str, *names: str) -> Path:
+        run = write_run(tmp_path, kind, 0)
+        known = load_outputs(run / "scores" / "known.safetensors")
+        others = [outputs(name, "unknown", 40, 1.0, 7 + len(name)) for name in names]
+        for one in others:
+            store(run / "scores" / f"{one.name}.safetensors", one)
+        found = judge(scored(known), [scored(one, "near") for one in others])
+        document = json.loads((run / "metrics.json").read_text()) | found
+        (run / "metrics.json").write_text(json.dumps(document))
+        return run
+
+    base, mix, less = of("softmax", "a", "bb"), of("backmix", "a", "bb"), of("cutout", "a")
+    both, single = results.tables(results.read_all([base, mix, less]))[-2:]
+    assert (both.unknown, single.unknown) == ("near: a, bb", "near: a")
+    (row,) = [r for r in both.rows if (r.label, r.score) == ("BackMix", "msp")]
+    areas = []
+    for run in (base, mix):
+        sets = json.loads((run / "metrics.json").read_text())["unknown"]
+        areas.append(sum(sets[name]["scores"]["msp"]["auroc"] for name in ("a", "bb")) / 2)
+    assert row.figures["auroc"].values == pytest.approx([areas[1]])
+    assert row.differences["auroc"].values == pytest.approx([areas[1] - areas[0]])
+    # A mean over other sets stands in no row beside them.
+    assert {row.label for row in single.rows} == {"Cutout"}
+    report.write_report([base, mix, less], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h3>Mean over “near: a, bb”</h3>" in page and "<h3>Unknown set “bb”</h3>" in page
+    document = json.loads((mix / "metrics.json").read_text())
+    document["groups"]["near"]["scores"]["msp"]["oscr"] = "0.5"
+    (mix / "metrics.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged: groups\.near\.scores"):
+        results.read_judged(mix)
+
+
+def test_a_folder_of_a_table_stands_for_its_runs(tmp_path):
+    (tmp_path / "table" / "runs").mkdir(parents=True)
+    made = [write_run(tmp_path / "table" / "runs", kind, 0) for kind in ("softmax", "cutout")]
+    out = tmp_path / "report.html"
+    with pytest.raises(ValueError, match=r"holds a table that is not done: .* or name runs"):
+        report.write_report([tmp_path / "table"], out)
+    stored = {"runs": [{"folder": made[0].name}]}
+    (tmp_path / "table" / "table.json").write_text(json.dumps(stored))
+    assert "| softmax |" in report.write_report([tmp_path / "table"], out)
+    assert results.run_folders([tmp_path / "table", made[1]]) == made
+    (tmp_path / "table" / "table.json").write_text('{"runs": [3]}')
+    with pytest.raises(ValueError, match=r"table\.json is damaged: it has no folder"):
+        report.write_report([tmp_path / "table"], out)
+    with pytest.raises(ValueError, match=r"table\.json is no run folder: it is a file"):
+        report.write_report([tmp_path / "table" / "table.json"], out)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
