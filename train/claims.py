@@ -153,7 +153,7 @@ def stored_images(outputs: Outputs, count: int) -> BetonImages:
     files = tuple(map(Path, outputs.files))
     for file in files:
         if not file.exists():
-            raise ValueError(f"{file} is not there any more")
+            raise ValueError(_absent(file))
         if file.is_dir():
             raise ValueError(f"{file} is a folder; this is measured on sets in .beton files")
     with open_set(files) as data:
@@ -423,7 +423,7 @@ def _predicted_map(network: Network, seen: Seen) -> np.ndarray:
 def _training_files(network: Network) -> tuple[Path, ...]:
     for file in network.trained.files:
         if not file.exists():
-            raise ValueError(f"the training data are not there any more: {file}")
+            raise ValueError(f"the training data: {_absent(file)}")
     return network.trained.files
 
 
@@ -440,3 +440,10 @@ def _directions(features: np.ndarray) -> np.ndarray:
         raise ValueError("there are features that are NaN or infinite")
     length = np.linalg.norm(wide, axis=1, keepdims=True)
     return wide / np.where(length > 0, length, 1)
+
+
+def _absent(file: Path) -> str:
+    """Return what is said of a file that is not there; a run keeps its path as it was given."""
+    if file.is_absolute():
+        return f"{file} is not there any more"
+    return f"{file} is not there, seen from {Path.cwd()}: call this from where the run was called"

@@ -18,6 +18,7 @@ from typing import Any
 from backmix.pipeline.loader import LARGEST_VIEW, MOST_THREADS
 from backmix.train import protocols
 from backmix.train.checkpoint import locked, sync_folder, write_atomically
+from backmix.train.digests import weights_digest
 from backmix.train.image_sets import (
     KNOWN,
     UNKNOWN,
@@ -280,6 +281,8 @@ def _header(
         and {"protocol": split.protocol, "family": split.family, "list": split.number},
         "classes": list(trained.classes),
         "views": {"size": size, "flip": flip},
+        "precision": viewing.options.precision,
+        "weights": weights_digest(trained.run),
         "notes": notes,
         "missing": dict(sets.missing),
         "fit": fit

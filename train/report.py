@@ -128,7 +128,7 @@ def write_report(runs: Sequence[Path], out: Path, program: str = "") -> str:
     values = {
         "title": _title(groups),
         "facts": _facts(groups),
-        "colleagues": for_colleagues(groups),
+        "colleagues": for_colleagues(groups, program),
         "tables": [(table, *_folded(table, groups)) for table in results],
         "score_names": SCORE_NAMES,
         "metric_names": METRICS,

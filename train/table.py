@@ -20,6 +20,7 @@ from backmix.pipeline.options import usable_cores
 from backmix.train import protocols
 from backmix.train.check import check
 from backmix.train.checkpoint import locked, write_atomically
+from backmix.train.digests import weights_digest
 from backmix.train.evaluate import refuse_names
 from backmix.train.image_sets import KNOWN, BetonImages, image_sets
 from backmix.train.jobs import Job, Say, finished, run_jobs
@@ -344,6 +345,8 @@ def _judged(run: Path, sets: _Sets, options: TableOptions) -> bool:
         views = metrics["views"]
         size = options.size or read_run(run).loader.size
         if (views["size"], views["flip"]) != (size, options.flip):
+            return False
+        if metrics["weights"] != weights_digest(run):
             return False
         for name, wanted in sets.judged.items():
             found = load_outputs(run / "scores" / f"{name}.safetensors")

@@ -46,7 +46,13 @@ class UploadLimit:
 
 def create_app() -> FastAPI:
     """Open the file that BACKMIX_MODEL names and return the service; a wrong file ends it here."""
-    model = backmix.load(os.environ["BACKMIX_MODEL"])
+    path = os.environ.get("BACKMIX_MODEL", "")
+    if not path:
+        raise SystemExit("error: set BACKMIX_MODEL to an exported file, such as model.onnx")
+    try:
+        model = backmix.load(path)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error  # not a traceback: the reason is enough
     app = FastAPI(title="backmix")
     app.add_middleware(UploadLimit, most=MOST_BYTES)
 

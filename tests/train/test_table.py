@@ -116,6 +116,7 @@ def test_every_method_is_a_recipe_of_every_data_set_at_equal_training() -> None:
                 assert run.method.patch == {32: 8, 64: 32}[run.loader.size]
 
 
+@pytest.mark.timeout(600)  # a dozen processes, one after another
 def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> None:
     classes = [chr(ord("a") + k) for k in range(10)]
     images, labels = tiny_images(60, 10)
@@ -163,13 +164,18 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
     names = [folder.name for folder in run_folders([options.out, tmp_path])]
     assert names == ["softmax-A0-seed0", "cutout-A0-seed0", tmp_path.name]
 
-    # Figures of other images, or that are not there any more, are made again; a run on other
-    # training images is refused, and one that cannot be read costs the others nothing.
+    # Figures of other images or weights, or that are not there any more, are made again; a run on
+    # other training images is refused, and one that cannot be read costs the others nothing.
     images, labels = tiny_images(40, 10, seed=2)
     other = write_set(tmp_path / "other.beton", images, labels % 10, classes)
-    for damage in (None, runs / "softmax-A0-seed0" / "scores" / "unknown.safetensors"):
-        if damage:
-            damage.unlink()
+    stored = runs / "softmax-A0-seed0" / "scores" / "unknown.safetensors"
+    figures = runs / "softmax-A0-seed0" / "metrics.json"
+    for damage in ("", "lost", "trained anew"):
+        if damage == "lost":
+            stored.unlink()
+        if damage == "trained anew":
+            document = json.loads(figures.read_text())
+            figures.write_text(json.dumps({**document, "weights": "of other weights"}))
         said.clear()
         run_table("cifar10", replace(wider, test=(other,)), say=said.append)
         assert said[0].startswith(f"2 cells, {1 if damage else 0} of them finished")

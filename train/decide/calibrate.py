@@ -29,13 +29,7 @@ from backmix.train.decide.calibration_images import (
 from backmix.train.decide.conformal import exact_rate, needed
 from backmix.train.decide.options import CalibrateOptions
 from backmix.train.decide.overlap import overlap
-from backmix.train.decide.record import (
-    THRESHOLD,
-    Record,
-    file_digest,
-    weights_digest,
-    write_record,
-)
+from backmix.train.decide.record import THRESHOLD, Record, write_record
 from backmix.train.decide.rule import (
     Rule,
     conditional_rule,
@@ -46,6 +40,7 @@ from backmix.train.decide.rule import (
 )
 from backmix.train.decide.scorer import own_score, preprocessing_of, refuse_score, refuse_size
 from backmix.train.decide.words import promise
+from backmix.train.digests import file_digest, weights_digest
 from backmix.train.evaluate import closed_gate
 from backmix.train.memory import keep_freed_memory
 from backmix.train.models.build import Model

@@ -19,15 +19,23 @@ from backmix.pipeline.folder_images import problem_of
 from backmix.pipeline.images import decode_rgb
 from backmix.train.claims import stored_images
 from backmix.train.decide.conformal import Floats, exact_rate, share_interval
+from backmix.train.decide.decider import fit_file
 from backmix.train.decide.drift import Counts, at_thresholds, comparable, rejected_of
-from backmix.train.decide.record import THRESHOLD, Record, read_record, weights_digest
+from backmix.train.decide.record import THRESHOLD, Record, read_record
 from backmix.train.decide.rule import Category
 from backmix.train.decide.thumbnails import Thumbnail, Tile, thumbnail
+from backmix.train.decide.words import percent
+from backmix.train.digests import weights_digest
 from backmix.train.image_sets import image_files
+from backmix.train.models.heads import Head
 from backmix.train.outputs import Outputs
 from backmix.train.results import SCORE_NAMES, Group, Judged
-from backmix.train.scores import SCORES
+from backmix.train.scores import SCORES, Fit, score_of
+from backmix.train.scores.fit_file import read_fit
+from backmix.train.trained import load_model
 
+Learned = tuple[Head, Fit]
+"""What a fitted score is made with, beside the stored outputs."""
 _FUNCTIONS = {score.__name__: score for score in SCORES}
 _MOST_CLASSES = 20
 """Classes up to which the whole confusion matrix is shown; of more the commonest confusions."""
@@ -102,18 +110,23 @@ class Colleague:
     pictures: tuple[Pictures, ...] = ()
 
 
-def for_colleagues(groups: Sequence[Group]) -> list[Colleague]:
-    """Return what there is to say of every run that has a threshold."""
+def for_colleagues(groups: Sequence[Group], program: str = "") -> list[Colleague]:
+    """Return what there is to say of every run that has a threshold.
+
+    Args:
+        groups: the runs.
+        program: as in `trained.load_model`; the figures of a fitted score need the network.
+    """
     runs = [
         (group, run) for group in groups for run in group.runs if (run.folder / THRESHOLD).is_file()
     ]
     return [
-        _of_run(f"{group.label}, {run.name}", run, pictures=number < _MOST_RUNS)
+        _of_run(f"{group.label}, {run.name}", run, program, pictures=number < _MOST_RUNS)
         for number, (group, run) in enumerate(runs)
     ]
 
 
-def _of_run(title: str, run: Judged, *, pictures: bool) -> Colleague:
+def _of_run(title: str, run: Judged, program: str, *, pictures: bool) -> Colleague:
     try:
         record = read_record(run.folder)
     except (ValueError, OSError) as error:
@@ -121,8 +134,9 @@ def _of_run(title: str, run: Judged, *, pictures: bool) -> Colleague:
     promise, categories = _promise(record), _categories(record)
     try:
         _check(run, record)
-        known = _decided(run.known, record)
-        unknown = [_decided(outputs, record) for outputs in run.unknown.values()]
+        learned = _learned(run.folder, record, program)
+        known = _decided(run.known, record, learned)
+        unknown = [_decided(outputs, record, learned) for outputs in run.unknown.values()]
     except (ValueError, OSError) as error:
         return Colleague(title, promise, categories, printable(str(error)))
     names = tuple(map(printable, record.classes))
@@ -154,6 +168,17 @@ def _check(run: Judged, record: Record) -> None:
         raise ValueError(
             "The threshold was chosen for other weights than the run has now: calibrate again."
         )
+    if run.metrics.get("weights", record.weights) != record.weights:
+        raise ValueError(
+            "The run was evaluated with other weights than it has now: evaluate it again."
+        )
+    precision = run.metrics.get("precision", record.precision)
+    if precision != record.precision:
+        raise ValueError(
+            f"The run was evaluated in {precision}, the threshold was chosen in "
+            f"{record.precision}: scores differ, so these figures would not be those of the "
+            f"threshold. Evaluate with --precision {record.precision}."
+        )
     views = run.metrics.get("views", {})
     size = views.get("size", run.config["run"]["loader"]["size"])
     flip = views.get("flip", False)
@@ -166,19 +191,40 @@ def _check(run: Judged, record: Record) -> None:
         )
 
 
-def _decided(outputs: Outputs, record: Record) -> Decided:
-    scores = outputs.scores.get(record.score)
-    if scores is None:
-        if record.score not in _FUNCTIONS:
-            raise ValueError(
-                f"The evaluation has no {SCORE_NAMES.get(record.score, record.score)} scores, by "
-                "which the threshold decides: evaluate with --fit."
-            )
-        scores = _FUNCTIONS[record.score](outputs.logits)
-    scores = np.asarray(scores, np.float64)
+def _decided(outputs: Outputs, record: Record, learned: Learned | None) -> Decided:
+    scores = np.asarray(_scores(outputs, record.score, learned), np.float64)
     predicted = np.asarray(outputs.logits).argmax(1)
     accepted, p = record.rule.decide(predicted, scores)
     return Decided(outputs, predicted, scores, p, accepted)
+
+
+def _learned(run: Path, record: Record, program: str) -> Learned | None:
+    """Return what a fitted score is made with, as it was when the threshold was chosen."""
+    path = fit_file(run, record)
+    if path is None:
+        return None
+    model = load_model(run, program)
+    fit, _ = read_fit(path, model)
+    return model.head, fit
+
+
+def _scores(outputs: Outputs, score: str, learned: Learned | None) -> np.ndarray:
+    """Return the score that decides, [n].
+
+    A fitted one by the threshold's own fit, which need not be the evaluation's: the temperature,
+    for one, is another where the threshold was chosen on the held-out images.
+    """
+    # Figures of CSSR are only there where the evaluation had learned what they are made from.
+    if learned is not None and (score != "cssr" or score in outputs.scores):
+        return score_of(score, outputs.logits, outputs.features, outputs.extras, *learned)
+    if score in outputs.scores:
+        return outputs.scores[score]
+    if score not in _FUNCTIONS:
+        raise ValueError(
+            f"The evaluation has no {SCORE_NAMES.get(score, score)} scores, by which the threshold "
+            "decides: evaluate with --fit."
+        )
+    return _FUNCTIONS[score](outputs.logits)
 
 
 # --- words and tables -----------------------------------------------------------------------------
@@ -216,7 +262,7 @@ def _promise(record: Record) -> tuple[str, ...]:
         low, high = category.interval
         words.append(
             f"The threshold comes from {n:,} such images {apart}: with 95 % confidence "
-            f"it refuses between {_percent(low)} and {_percent(high)} of good images."
+            f"it refuses between {percent(low, 1)} and {percent(high, 1)} of good images."
         )
     else:
         words.append(f"The thresholds come from {n:,} such images {apart}.")
@@ -228,19 +274,27 @@ def _promise(record: Record) -> tuple[str, ...]:
 
 
 def _caution(run: Judged, record: Record) -> str:
+    words = []
     if record.data.get("digest") == run.known.digest:
-        return (
+        words.append(
             "The threshold was chosen on images of the same file as these test images, so the "
             "figures may flatter it. Judge it on others."
         )
-    return ""
+    if "precision" not in run.metrics:
+        words.append(
+            "This evaluation is of an earlier version, which did not note in which precision (fp32 "
+            f"or bf16) and with which weights it was made: it is not known whether they are those "
+            f"of the threshold, {record.precision} and the run's present weights. Evaluate again "
+            "to know."
+        )
+    return " ".join(words)
 
 
 def _categories(record: Record) -> tuple[tuple[str, ...], ...]:
     def row(category: Category) -> tuple[str, ...]:
         low, high = category.interval
-        ends = f"{_percent(low)} to {_percent(high)}"
-        return printable(category.name), f"{category.n:,}", _percent(category.mean_rate), ends
+        ends = f"{percent(low, 1)} to {percent(high, 1)}"
+        return printable(category.name), f"{category.n:,}", percent(category.mean_rate, 1), ends
 
     categories = record.rule.categories
     return tuple(map(row, categories)) if len(categories) > 1 else ()
@@ -271,7 +325,7 @@ def _summary(
         (
             "Accepted good images in the right class",
             _share(int(right[accepted].sum()), n - refused),
-            f"without refusing any: {_percent(right.mean())}",
+            f"without refusing any: {percent(right.mean(), 1)}",
         ),
     ]
     for images in unknown:
@@ -343,12 +397,9 @@ def _share(count: int, n: int) -> Share:
     if not n:
         return Share("0 of 0", "-", "-")
     low, high = share_interval(count, n)
-    return Share(f"{count:,} of {n:,}", _percent(count / n), f"{_percent(low)} to {_percent(high)}")
-
-
-def _percent(share: float) -> str:
-    digits = 1 if share == 0 or share >= 0.01 else 2
-    return f"{100 * share:.{digits}f} %"
+    return Share(
+        f"{count:,} of {n:,}", percent(count / n, 1), f"{percent(low, 1)} to {percent(high, 1)}"
+    )
 
 
 # --- pictures -------------------------------------------------------------------------------------

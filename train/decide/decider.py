@@ -12,15 +12,11 @@ from torch import Tensor
 from backmix.train.decide.deployed import DeployedScorer, open_exported
 from backmix.train.decide.exported_file import ONNX, PT2
 from backmix.train.decide.options import PredictOptions
-from backmix.train.decide.record import (
-    Preprocessing,
-    Record,
-    file_digest,
-    read_record,
-    weights_digest,
-)
+from backmix.train.decide.record import Preprocessing, Record, read_record
 from backmix.train.decide.scorer import Said, preprocessing_of, run_scorer
+from backmix.train.digests import file_digest, weights_digest
 from backmix.train.passes import seen_at
+from backmix.train.scores.every import NEED_FIT
 from backmix.train.scores.fit_file import FIT
 from backmix.train.trained import read_run
 
@@ -94,12 +90,7 @@ def _of_run(path: Path, options: PredictOptions) -> Decider:
             f"the threshold in {path} was chosen for other weights than those in {run}: calibrate "
             "again (backmix calibrate)"
         )
-    fit = run / FIT if record.fit else None
-    if fit is not None and (not fit.is_file() or file_digest(fit) != record.fit):
-        raise ValueError(
-            f"{fit} is not what the score {record.score} was fitted to when the threshold in "
-            f"{path} was chosen: calibrate again"
-        )
+    fit = fit_file(run, record)
     seen = preprocessing_of(seen_at(trained, record.preprocessing.size))
     if record.classes != trained.classes or seen != record.preprocessing:
         raise ValueError(
@@ -116,6 +107,23 @@ def _of_run(path: Path, options: PredictOptions) -> Decider:
         model=options.model,
     )
     return Decider(record, scorer)
+
+
+def fit_file(run: Path, record: Record) -> Path | None:
+    """Return the file of what a record's score was fitted to; None where the score needs none.
+
+    Raises:
+        ValueError: it is not there, or not the one that the threshold was chosen with.
+    """
+    if record.score not in NEED_FIT:
+        return None
+    path = run / FIT
+    if not path.is_file() or file_digest(path) != record.fit:
+        raise ValueError(
+            f"{path} is not what the score {record.score} was fitted to when the threshold of "
+            f"{run} was chosen: calibrate again"
+        )
+    return path
 
 
 def _differences(record: Record, seen: Preprocessing) -> str:

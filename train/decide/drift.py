@@ -94,11 +94,6 @@ class Drift:
     """Window with which the change begins, as far as can be told; None = no change."""
 
     @property
-    def seen(self) -> int | None:
-        """The window at whose end the change was certain enough."""
-        return _first(self.log_e >= -np.log(self.level))
-
-    @property
     def accepted_too(self) -> bool:
         """Whether the scores of accepted images have changed among themselves."""
         return _first(self.log_e_accepted >= -np.log(self.level)) is not None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def export(
 
     Args:
         run: run folder, or one of its threshold files.
-        out: .onnx or .pt2; one that is there is replaced by a whole new one.
+        out: .onnx or .pt2; one that is there is replaced by a whole new one. Of two exports to one
+            name at once the later one stays.
         model: of a run of --model MODULE:CALLABLE the same once more.
         say: called with what is being done.
 
@@ -76,15 +78,14 @@ def export(
     say("tracing the network")
     program = _traced(network, record.preprocessing.size)
     say(f"writing {out}")
-    beside = out.with_name(f".{out.stem}.new{out.suffix}")
-    try:
+    # A folder of its own: of two exports to one name at once each verifies what it has written.
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        beside = Path(folder) / out.name
         write_atomically(beside, _file_of(program, decider, test, out.suffix))
         say("replaying the self-test from the file")
         found = verified(beside, out, trust=True)
         size = beside.stat().st_size
         os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
     sync_folder(out.parent)
     return f"{found}\n{size:,} bytes"
 

@@ -87,4 +87,4 @@ class MonitorOptions:
     level: float = 0.01
     """Probability of a false alarm over everything that is watched."""
     pictures: int = 48
-    """Rejected images that are shown, the least known first."""
+    """Rejected images that are shown, the least known first; 1,000 at most."""

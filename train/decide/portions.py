@@ -50,6 +50,20 @@ class Portion:
         return range(self.first, self.first + self.count)
 
 
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """How images are read."""
+
+    seen: Preprocessing
+    """How the network sees them."""
+    device: torch.device
+    """Where their views go."""
+    options: PredictOptions
+    """Batch, threads and limit."""
+    pace: Pace
+    """Is told how long the threads were at work."""
+
+
 def batch_ends(images: Images, options: PredictOptions) -> np.ndarray:
     """Return the number of images up to the end of each batch, int64 ascending."""
     return np.concatenate(
@@ -74,44 +88,29 @@ def _small(data: BetonSet, limit: int) -> np.ndarray:
     return np.flatnonzero(data.sizes.astype(np.int64).prod(1) <= limit)
 
 
-def portions(
-    images: Images,
-    begin: int,
-    seen: Preprocessing,
-    device: torch.device,
-    options: PredictOptions,
-    pace: Pace,
-) -> Iterator[Portion]:
+def portions(images: Images, begin: int, reader: Reader) -> Iterator[Portion]:
     """Read the images, batch by batch.
 
     Args:
         images: all of them.
         begin: number of the first one to read: 0, or the end of a batch.
-        seen: how the network sees them.
-        device: where their views go.
-        options: batch, threads and limit.
-        pace: is told how long the threads were at work.
+        reader: how.
     """
-    pace.threads = options.threads or usable_cores()
+    reader.pace.threads = reader.options.threads or usable_cores()
     for part, start in zip(images.parts, images.starts, strict=True):
         done = max(0, begin - start)
         if done >= len(part):
             continue
         if isinstance(part, Files):
-            yield from _of_files(part, start, done, seen, device, options, pace)
+            yield from _of_files(part, start, done, reader)
         else:
-            yield from _of_stored(part, start, done, seen, device, options, pace)
+            yield from _of_stored(part, start, done, reader)
 
 
-def _of_files(
-    part: Files,
-    start: int,
-    done: int,
-    seen: Preprocessing,
-    device: torch.device,
-    options: PredictOptions,
-    pace: Pace,
-) -> Iterator[Portion]:
+def _of_files(part: Files, start: int, done: int, reader: Reader) -> Iterator[Portion]:
+    """Read a part from image `done` on; `start` images lie before it."""
+    seen, options = reader.seen, reader.options
+
     def show(pixels: np.ndarray) -> Shown:
         return usual_view(pixels, seen.size, seen.crop, seen.eval_crop)
 
@@ -119,28 +118,21 @@ def _of_files(
     for read in read_views(
         rest, show, batch=options.batch, threads=options.threads, limit=options.limit_pixels
     ):
-        pace.decoding += sum(image.seconds for image in read)
+        reader.pace.decoding += sum(image.seconds for image in read)
         good = [image for image in read if not image.problem]
         before = start + done
         yield Portion(
             before + read[0].number,
             len(read),
-            to_device(np.stack([image.view for image in good]), device) if good else None,
+            to_device(np.stack([image.view for image in good]), reader.device) if good else None,
             np.array([before + image.number for image in good], np.int64),
             {before + image.number: image.problem for image in read if image.problem},
         )
 
 
-def _of_stored(
-    part: Stored,
-    start: int,
-    done: int,
-    seen: Preprocessing,
-    device: torch.device,
-    options: PredictOptions,
-    pace: Pace,
-) -> Iterator[Portion]:
-    data = part.data
+def _of_stored(part: Stored, start: int, done: int, reader: Reader) -> Iterator[Portion]:
+    """Read a part from image `done` on; `start` images lie before it."""
+    data, seen, options = part.data, reader.seen, reader.options
     small = _small(data, options.limit_pixels)
     ends = _ends(part, options)
     taken = int(np.searchsorted(ends, done, "right"))  # batches that are done
@@ -169,14 +161,14 @@ def _of_stored(
         threads=options.threads,
     )
     subset = Subset(small, np.full(len(small), -1, np.int64))
-    engine = Turbo(Plan(data, subset, chosen, training=False), device)
+    engine = Turbo(Plan(data, subset, chosen, training=False), reader.device)
     try:
         place = Place(seed=0, consumed=taken * options.batch)
         steps = zip(firsts, ends[taken:].tolist(), engine.batches(place), strict=True)
         for first, end, batch in steps:
             views = batch.pool if len(batch) else None
             yield portion(first, end, batch.host.index, views)
-        pace.decoding += engine.decoding
+        reader.pace.decoding += engine.decoding
     finally:
         engine.close()
 

@@ -18,16 +18,16 @@ import numpy as np
 from backmix.pipeline.beton import printable
 from backmix.pipeline.images import MAX_PIXELS
 from backmix.pipeline.loader import MOST_THREADS
-from backmix.train.decide.conformal import benjamini_hochberg
+from backmix.train.decide.conformal import Floats, benjamini_hochberg
 from backmix.train.decide.decider import Decider, open_decider
 from backmix.train.decide.decision import among_rejected, decisions, failed
 from backmix.train.decide.journal import Journal
 from backmix.train.decide.options import PredictOptions
-from backmix.train.decide.portions import batch_ends, portions
+from backmix.train.decide.portions import Reader, batch_ends, portions
 from backmix.train.decide.record import Record, record_digest
 from backmix.train.decide.rows import Row, refuse_out, write_rows
 from backmix.train.decide.sources import Images, find_images
-from backmix.train.decide.summary import Summary, expectation
+from backmix.train.decide.summary import Summary, discoveries, expectation
 from backmix.train.memory import keep_freed_memory
 from backmix.train.pace import Pace
 from backmix.train.stop import StopAsked
@@ -70,7 +70,7 @@ def predict(
     with find_images(sources, stdin) as images:
         belongs = {
             "record": record_digest(decider.record),
-            "images": images.digest,
+            "images": images.digest(),
             "batch": options.batch,
             "limit_pixels": options.limit_pixels,
         }
@@ -133,10 +133,8 @@ def _decide(
 ) -> None:
     """Decide about the images whose rows are not in the journal yet."""
     pace, begun = Pace("predict"), journal.rows
-    seen = decider.record.preprocessing
-    for portion in pace.arriving(
-        portions(images, begun, seen, decider.scorer.device, options, pace)
-    ):
+    reader = Reader(decider.record.preprocessing, decider.scorer.device, options, pace)
+    for portion in pace.arriving(portions(images, begun, reader)):
         began = time.perf_counter()
         found = {number: failed(reason) for number, reason in portion.problems.items()}
         if portion.views is not None:
@@ -162,13 +160,11 @@ def _progress(done: int, total: int, pace: Pace) -> str:
 
 def _finish(journal: Journal, out: Path, record: Record, fdr: float | None) -> Summary:
     """Write all rows to their file, and count them."""
-    summary = Summary(out, expected=expectation(record))
-    final = None if fdr is None else _by_false_discoveries(journal, fdr)
+    summary, final = Summary(out, expected=expectation(record)), None
     if fdr is not None:
-        summary.expected = (
-            f"of the rejected images {100 * fdr:g} % at most are expected to be known "
-            "(Benjamini-Hochberg over all images of this call)"
-        )
+        p_values = np.array(array("d", (_p_value(row) for row in journal.read())))
+        final = _by_false_discoveries(p_values, fdr)
+        summary.expected = discoveries(p_values, fdr, record)
 
     def rows() -> Iterator[Row]:
         for row in map(final, journal.read()) if final else journal.read():
@@ -179,9 +175,8 @@ def _finish(journal: Journal, out: Path, record: Record, fdr: float | None) -> S
     return summary
 
 
-def _by_false_discoveries(journal: Journal, share: float) -> Callable[[Row], Row]:
-    """Return what decides anew about each row, by the p-values of all."""
-    p_values = np.array(array("d", (_p_value(row) for row in journal.read())))
+def _by_false_discoveries(p_values: Floats, share: float) -> Callable[[Row], Row]:
+    """Return what decides anew about each row, by the p-values of all, float64 [n], NaN = none."""
     chosen = p_values[benjamini_hochberg(p_values, share)]
     limit = float(chosen.max(initial=0.0))
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -19,6 +19,10 @@ from backmix.train.decide.rows import AT_ONCE, ENDINGS
 
 _SAME = 1e-9
 """Relative difference up to which thresholds are the same: spreadsheets keep 15 digits."""
+_CHUNK = 1 << 16
+"""Characters of a JSON list that are read at a time."""
+_LARGEST_ROW = 1 << 24
+"""Characters in which a row of a JSON list ends, or is damaged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,14 +158,64 @@ def _places(file: Path, header: Sequence[str]) -> list[int]:
 
 
 def _json(file: Path) -> Iterator[tuple[Any, ...]]:
-    try:
-        document = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(document, list):
-        raise ValueError(f"{file} is no table of backmix predict: no list of rows")
-    for number, row in enumerate(document, 1):
-        yield _values(file, number, row)
+    with open(file, encoding="utf-8-sig") as opened:
+        text, number = _JsonText(opened), 0
+        try:
+            if not text.takes("["):
+                raise ValueError(f"{file} is no table of backmix predict: no list of rows")
+            ended = text.takes("]")
+            while not ended:
+                number += 1
+                yield _values(file, number, text.value())
+                ended = text.takes("]")
+                if not ended and not text.takes(","):
+                    raise json.JSONDecodeError("no comma and no ] behind it", "", 0)
+            if not text.ends():
+                raise json.JSONDecodeError("there is more behind the list", "", 0)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, row {number:,}, is damaged: {error.msg}") from error
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+
+
+class _JsonText:
+    """JSON that is read on as it is taken: a long list is never in memory as a whole."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._held = file, ""
+        self._decode = json.JSONDecoder().raw_decode
+
+    def takes(self, mark: str) -> bool:
+        """Take the next character that is no space, if it is this one; return whether it was."""
+        if found := not self.ends() and self._held[0] == mark:
+            self._held = self._held[1:]
+        return found
+
+    def ends(self) -> bool:
+        """Pass over spaces; return whether nothing follows."""
+        while not (held := self._held.lstrip(" \t\r\n")):
+            self._held = self._file.read(_CHUNK)
+            if not self._held:
+                return True
+        self._held = held
+        return False
+
+    def value(self) -> Any:
+        """Take the next value; json.JSONDecodeError where there is none, or too large a one."""
+        self.ends()
+        while True:
+            try:
+                value, end = self._decode(self._held)
+            except json.JSONDecodeError:
+                if len(self._held) > _LARGEST_ROW:
+                    raise
+                more = self._file.read(max(_CHUNK, len(self._held)))  # doubled: few attempts
+                if not more:
+                    raise
+                self._held += more
+            else:
+                self._held = self._held[end:]
+                return value
 
 
 def _jsonl(file: Path) -> Iterator[tuple[Any, ...]]:

@@ -17,14 +17,12 @@ import xxhash
 from backmix.train.checkpoint import write_atomically
 from backmix.train.decide.conformal import exact_rate
 from backmix.train.decide.rule import Rule, rule_document, rule_of
-from backmix.train.models.weights import HEADS, NETWORK
 
 THRESHOLD = "threshold.json"
 """Its name in a run folder."""
 SCHEMA = 1
 _LARGEST = 1 << 28
 """Bytes of the largest document that is read: 10,000 classes with tables of their own."""
-_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -223,24 +221,6 @@ def read_record(path: Path) -> Record:
 def record_digest(record: Record) -> str:
     """Return what identifies a record."""
     return record_document(record)["digest"]
-
-
-def weights_digest(run: Path) -> str:
-    """Return what identifies the weights of a run: names and bytes of their files."""
-    digest = xxhash.xxh3_128()
-    for name in (NETWORK, HEADS):
-        if (run / name).is_file():
-            digest.update(f"{name} {file_digest(run / name)}\n".encode())
-    return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the xxh3-128 of a file's bytes, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _digest(document: Mapping[str, Any]) -> str:

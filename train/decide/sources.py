@@ -7,7 +7,7 @@ text by which an image is named in every output is made so that it can be found 
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -87,15 +87,11 @@ class Images:
         k = bisect_right(self.starts, i) - 1
         return as_text(self.parts[k].name(i - self.starts[k]))
 
-    def texts(self) -> Iterator[str]:
-        """Yield the text of every image."""
-        for part in self.parts:
-            for i in range(len(part)):
-                yield as_text(part.name(i))
-
-    @property
     def digest(self) -> str:
-        """Identifies the list: names, order, places in tars, contents of .beton files."""
+        """Return what identifies the list: names, order, places in tars, .beton files' digests.
+
+        Goes through all of it.
+        """
         digest = xxhash.xxh3_128()
         for part in self.parts:
             part.mark(digest)

@@ -1,10 +1,14 @@
 """What a prediction comes to, in words."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from backmix.pipeline.beton import printable
+from backmix.train.decide.conformal import Floats, benjamini_hochberg
 from backmix.train.decide.record import Record
 from backmix.train.decide.rows import Row
 
@@ -107,3 +111,40 @@ def expectation(record: Record) -> str:
     else:
         share = f"{min(rates):.2g} to {max(rates):.2g} %, by predicted class,"
     return f"of known images {share} are expected to be rejected ({'; '.join(facts)})"
+
+
+def discoveries(p_values: Floats, share: float, record: Record) -> str:
+    """Say what --fdr comes to; where it rejects nothing, what would have been needed.
+
+    Args:
+        p_values: of all images, float64 [n], NaN = it could not be read.
+        share: the one of --fdr.
+        record: what was decided by.
+    """
+    said = (
+        f"of the rejected images {100 * share:g} % at most are expected to be known "
+        "(Benjamini-Hochberg over all images of this call)"
+    )
+    p = np.sort(p_values[~np.isnan(p_values)])
+    if not len(p) or benjamini_hochberg(p, share).any():
+        return said
+    m, equal = len(p), int(np.searchsorted(p, p[0], "right"))
+    needed = share * equal / m
+    said = (
+        f"--fdr {share:g} rejects nothing: the smallest p-value is {p[0]:.2g} ({equal:,} of {m:,} "
+        f"images have it), {needed:.2g} or less was needed"
+    )
+    n = max(category.n for category in record.rule.categories)
+    if needed < 1 / (n + 1):
+        enough = math.ceil(m / (share * (n + 1)))
+        said += f"; {n:,} calibration images give none below {1 / (n + 1):.2g}, "
+        said += (
+            f"which {enough:,} of the images would have to have"
+            if enough <= m
+            else "which is too much were it that of every image: calibrate on more"
+        )
+    # The share from which on there is an image on Benjamini and Hochberg's line, rounded up.
+    least = float((p * m / np.arange(1, m + 1)).min())
+    step = 10.0 ** (math.floor(math.log10(least)) - 1)
+    least = math.ceil(least / step) * step
+    return said + (f". --fdr {least:.2g} would reject some" if least < 1 else ". No --fdr would")

@@ -1,5 +1,6 @@
 """What a record promises, in words for a terminal."""
 
+import math
 import textwrap
 
 from backmix.train.decide.conformal import exact_rate, needed, share_interval
@@ -30,9 +31,18 @@ def promise(record: Record, *also: str) -> str:
     return "\n".join([*lines, *also])
 
 
-def percent(share: float) -> str:
-    """Return a share in percent, with digits enough for small ones."""
-    digits = 2 if share >= 0.001 or not share else 4
+def percent(share: float, digits: int = 2) -> str:
+    """Return a share in percent, of a small one with two digits at least that are no leading zeros.
+
+    Args:
+        share: 0 .. 1.
+        digits: after the point, of shares that are not small.
+
+    >>> percent(0.05), percent(0.05, digits=1), percent(0.00049, digits=1), percent(0.0)
+    ('5.00 %', '5.0 %', '0.049 %', '0.00 %')
+    """
+    if share > 0:
+        digits = max(digits, 1 - math.floor(math.log10(100 * share)))
     return f"{100 * share:.{digits}f} %"
 
 

@@ -13,9 +13,10 @@ from backmix.pipeline.beton import RAW
 from backmix.pipeline.options import LoaderOptions
 from backmix.pipeline.writer import Record as Sample
 from backmix.pipeline.writer import Writer
-from backmix.train.decide.record import THRESHOLD, Record, weights_digest, write_record
+from backmix.train.decide.record import THRESHOLD, Record, write_record
 from backmix.train.decide.rule import global_rule
 from backmix.train.decide.scorer import run_scorer
+from backmix.train.digests import weights_digest
 from backmix.train.models.build import build
 from backmix.train.options import Augment, Run
 from backmix.train.run_folder import as_document

@@ -22,8 +22,9 @@ from backmix.train.checkpoint import locked
 from backmix.train.decide import calibrate as module
 from backmix.train.decide.decider import open_decider
 from backmix.train.decide.options import PredictOptions
-from backmix.train.decide.record import Record, file_digest, read_record, weights_digest
+from backmix.train.decide.record import Record, read_record
 from backmix.train.decide.rule import conditional_rule, global_rule, shrunk_rule
+from backmix.train.digests import file_digest, weights_digest
 from backmix.train.outputs import Outputs, load_outputs
 from backmix.train.trained import read_run
 from backmix.train.training_images import training_images

@@ -14,19 +14,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
+from scipy import special, stats
 
 from backmix.pipeline.beton import open_set
 from backmix.train import report
 from backmix.train.decide.colleague import Colleague, for_colleagues
 from backmix.train.decide.conformal import exact_rate
-from backmix.train.decide.record import Preprocessing, Record, weights_digest, write_record
+from backmix.train.decide.record import Preprocessing, Record, write_record
 from backmix.train.decide.rule import Rule, conditional_rule, global_rule
+from backmix.train.digests import file_digest, weights_digest
 from backmix.train.evaluate import evaluate
 from backmix.train.options import EvaluateOptions, Softmax, Split
 from backmix.train.outputs import load_outputs, store
 from backmix.train.results import read_all
 from backmix.train.run import train
+from backmix.train.scores import fit_scores, linear_head, score_of
+from backmix.train.scores.fit_file import FIT, write_fit
+from backmix.train.trained import load_model
 from tests.runs import tiny_images, tiny_run, tiny_set, write_set
 
 CLASSES = ("<b>round</b>", "flat")
@@ -237,7 +241,7 @@ def test_pictures_that_have_gone_or_changed_leave_the_reason(judged, tmp_path):
         ({"classes": ("x", "y")}, "other classes than the evaluation's"),
         (
             {"score": "knn"},
-            "has no KNN scores, by which the threshold decides: evaluate with --fit",
+            "is not what the score knn was fitted to when the threshold",
         ),
         ({"preprocessing": None}, "evaluated at 32 px, the threshold was chosen at 40 px"),
     ],
@@ -250,6 +254,77 @@ def test_another_evaluation_than_the_records_has_no_figures(judged, tmp_path, ch
     calibrated(run, usual(run), **changes)
     found = of(run)
     assert message in found.missing and found.promise and not found.summary
+
+
+def rewritten(run: Path, **changes) -> None:
+    """Change what metrics.json says of the evaluation; None = it does not say it."""
+    document = json.loads((run / "metrics.json").read_text())
+    for name, value in changes.items():
+        del document[name]
+        document |= {name: value} if value is not None else {}
+    (run / "metrics.json").write_text(json.dumps(document))
+
+
+def test_an_evaluation_in_another_precision_or_with_other_weights_has_no_figures(judged, tmp_path):
+    run = copied(judged, tmp_path)
+    document = json.loads((run / "metrics.json").read_text())
+    assert document["precision"] == "fp32" and document["weights"] == weights_digest(run)
+    calibrated(run, usual(run), precision="bf16")
+    found = of(run)
+    assert "evaluated in fp32, the threshold was chosen in bf16" in found.missing
+    assert "Evaluate with --precision bf16" in found.missing and not found.summary
+    calibrated(run, usual(run))
+    rewritten(run, weights="others")
+    assert "evaluated with other weights than it has now" in of(run).missing
+
+
+def test_an_evaluation_of_an_earlier_version_has_figures_and_says_what_is_not_known(
+    judged, tmp_path
+):
+    run = copied(judged, tmp_path)
+    calibrated(run, usual(run))
+    assert not of(run).caution
+    before = of(run).summary
+    rewritten(run, precision=None, weights=None)
+    found = of(run)
+    assert found.summary == before and not found.missing
+    assert "it is not known whether they are those of the threshold, fp32" in found.caution
+
+
+def fitted(run: Path, score: str, temperature: float, **changes) -> Record:
+    """Fit scores to the known test images, write the fit with this temperature, calibrate."""
+    known, model = load_outputs(run / "scores" / "known.safetensors"), load_model(run)
+    fit = replace(fit_scores(known, linear_head(model.head)), temperature=temperature)
+    write_fit(run / FIT, fit)
+    scores = score_of(score, known.logits, known.features, known.extras, model.head, fit)
+    rule = global_rule(scores, 2, exact_rate("0.1"))
+    return calibrated(run, rule, score=score, fit=file_digest(run / FIT), **changes)
+
+
+@pytest.mark.parametrize("score", ("temperature", "knn", "vim"))
+def test_a_fitted_score_is_judged_by_the_fit_of_the_threshold(judged, tmp_path, score):
+    """The evaluation stored scores by another fit, those of other images at that."""
+    run = copied(judged, tmp_path)
+    made = fitted(run, score, temperature=7.0)
+    for name in ("known", "unknown", "things"):
+        outputs = load_outputs(run / "scores" / f"{name}.safetensors")
+        others = {**outputs.scores, score: np.full(len(outputs), 1e9)}
+        store(run / "scores" / f"{name}.safetensors", replace(outputs, scores=others))
+    rows = {name: share for name, share, _ in of(run).summary}
+    assert rows["Good images refused"].count == "11 of 120"
+    if score == "temperature":
+        z = load_outputs(run / "scores" / "things.safetensors").logits.astype(np.float64) / 7
+        caught = special.softmax(z, 1).max(1) < made.rule.thresholds[0]
+        assert rows["Unknown images caught, “things”"].count == f"{caught.sum()} of 30"
+
+
+def test_a_fit_that_is_not_the_thresholds_has_no_figures(judged, tmp_path):
+    run = copied(judged, tmp_path)
+    fitted(run, "temperature", temperature=7.0)
+    before = (run / FIT).read_bytes()
+    fitted(run, "temperature", temperature=3.0)
+    (run / FIT).write_bytes(before)
+    assert "is not what the score temperature was fitted to" in of(run).missing
 
 
 def test_mirror_images_and_a_damaged_record_leave_the_reason(judged, tmp_path):

@@ -25,7 +25,7 @@ def alarms(rule: Rule, scores: np.ndarray, level: float, predicted: np.ndarray |
     windows = drift.rejection_windows(rule, predicted, scores, ends, level / 2)
     cells = drift.cells_of(rule, predicted, scores)
     found = drift.drift_of(rule, predicted, cells, ends, level / 2)
-    return bool(windows.alarms.any()), found.seen is not None, windows, found
+    return bool(windows.alarms.any()), found.start is not None, windows, found
 
 
 # --- windows --------------------------------------------------------------------------------------

@@ -25,17 +25,11 @@ from backmix.train.decide.export import export
 from backmix.train.decide.exported import Exported, PlainReconstruction, TorchRule
 from backmix.train.decide.exported_file import read_exported
 from backmix.train.decide.options import PredictOptions
-from backmix.train.decide.record import (
-    THRESHOLD,
-    Record,
-    file_digest,
-    record_document,
-    weights_digest,
-    write_record,
-)
+from backmix.train.decide.record import THRESHOLD, Record, record_document, write_record
 from backmix.train.decide.rule import Rule, conditional_rule, global_rule, shrunk_rule
 from backmix.train.decide.scorer import Scorer, run_scorer
 from backmix.train.decide.verify import TOLERANCE, formula_views, score_range
+from backmix.train.digests import file_digest, weights_digest
 from backmix.train.evaluate import evaluate
 from backmix.train.methods.build import build_network
 from backmix.train.models.build import Model
@@ -478,6 +472,24 @@ def test_a_file_that_fails_its_self_test_takes_no_ones_place(
     with pytest.raises(ValueError, match=r"model\.pt2 fails its self-test: score of image 2 is "):
         export(place.run, out)
     assert out.read_text() == "the one before"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_two_exports_to_one_name_at_once_verify_what_each_has_written(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another whole export happens while the first one is about to replay its self-test."""
+    out, true, said = tmp_path / "model.pt2", exporting.verified, list[str]()
+
+    def meanwhile(*args: Any, **options: Any) -> str:
+        monkeypatch.setattr(exporting, "verified", true)
+        said.append(export(place.run, out))
+        return true(*args, **options)
+
+    monkeypatch.setattr(exporting, "verified", meanwhile)
+    said.append(export(place.run, out))
+    assert [f"{out}: the self-test of 4 images is right" in text for text in said] == [True, True]
+    assert read_exported(out).record.classes == CLASSES
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 

@@ -22,15 +22,17 @@ from pyarrow import parquet
 from scipy import stats
 
 from backmix.train import cli
-from backmix.train.decide import thumbnails
+from backmix.train.decide import predicted, thumbnails
 from backmix.train.decide.decision import COLUMNS
-from backmix.train.decide.monitor import monitor, verdict_on, watch
+from backmix.train.decide.monitor import monitor
 from backmix.train.decide.options import MonitorOptions
 from backmix.train.decide.predicted import read_predictions
 from backmix.train.decide.record import Preprocessing, Record, write_record
 from backmix.train.decide.rows import write_rows
 from backmix.train.decide.rule import conditional_rule, global_rule
 from backmix.train.decide.sources import as_text
+from backmix.train.decide.verdict import verdict_on
+from backmix.train.decide.watched import watch
 from tests.runs import write_set
 
 CLASSES = ("cat", "dog", "<script>alert(1)</script>")
@@ -142,6 +144,7 @@ def test_a_damaged_table_is_refused_with_its_row(at, row, column, value, message
 
 
 ROW = dict(zip(COLUMNS, ("a.png", "cat", 1.0, 1.0, 1.0, 0.5, "accept", ""), strict=True))
+ERROR = json.dumps(ROW | {"decision": "error"})
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,14 @@ ROW = dict(zip(COLUMNS, ("a.png", "cat", 1.0, 1.0, 1.0, 0.5, "accept", ""), stri
         ),
         ("out.json", json.dumps([ROW | {"decision": "error", "reason": 5}]), "a.png: 5"),
         ("out.csv", ";".join(COLUMNS) + "\n", "separated by semicolons, save it with commas"),
-        ("out.json", "[{", "is damaged"),
+        ("out.json", "[{", "row 1, is damaged"),
+        ("out.json", " ", "no list of rows"),
+        ("out.json", "[", "row 1, is damaged"),
+        ("out.json", f"[{ERROR}", "row 1, is damaged: no comma and no ] behind it"),
+        ("out.json", f"[{ERROR},]", "row 2, is damaged"),
+        ("out.json", f"[{ERROR}] [", "row 1, is damaged: there is more behind the list"),
+        ("out.json", f"[{ERROR},\udcff", "is damaged"),
+        ("out.json", "[" + "[" * 100_000, "is damaged"),
         ("out.jsonl", '{"file": "a.png"}\n', "row 1 has no class"),
         ("out.jsonl", "{\n", "row 1, is damaged"),
         ("out.parquet", "PAR1", "is damaged or no parquet"),
@@ -179,6 +189,30 @@ def test_what_is_no_table_is_refused(at, name, content, message):
     (at / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=re.escape(message)):
         read_predictions([at / name], RECORD)
+
+
+@pytest.mark.parametrize("chunk", (1, 2, 7, 1 << 16))
+@pytest.mark.parametrize("indent", (None, 2))
+def test_a_json_list_is_read_in_pieces_however_it_is_laid_out(at, monkeypatch, chunk, indent):
+    names = ['quo"te].png', "new\nline, {.png", "\U0001f600.png", "x.png"]
+    table = list(rows([1.5, -7.25, 1 / 3, -9e-300], names))
+    text = json.dumps(table, indent=indent, ensure_ascii=chunk == 2)
+    path = at / "out.json"
+    path.write_text(f"\ufeff {text}\n", encoding="utf-8")
+    monkeypatch.setattr(predicted, "_CHUNK", chunk)
+    found = read_predictions([path], RECORD)
+    assert found.names == names and found.scores.tolist() == [1.5, -7.25, 1 / 3, -9e-300]
+
+
+def test_a_row_without_an_end_is_damaged_before_all_of_the_file_is_read(monkeypatch):
+    monkeypatch.setattr(predicted, "_CHUNK", 8)
+    monkeypatch.setattr(predicted, "_LARGEST_ROW", 64)
+    file = io.StringIO('[{"file": "' + 1000 * "a")
+    text = predicted._JsonText(file)
+    assert text.takes("[")
+    with pytest.raises(json.JSONDecodeError):
+        text.value()
+    assert len(file.read()) > 800
 
 
 def test_a_parquet_that_is_damaged_inside_or_has_a_column_twice_is_refused_by_name(at):
@@ -240,8 +274,7 @@ def test_half_of_the_level_is_for_the_windows_and_half_for_the_drift(at):
     assert law.cdf(found.windows.low[3] - 1) <= each / 2 < law.cdf(found.windows.low[3])
     assert law.sf(found.windows.high[3]) <= each / 2 < law.sf(found.windows.high[3] - 1)
     assert found.drift.level == 0.02 / 2
-    first = np.flatnonzero(found.drift.log_e >= np.log(2 / 0.02))
-    assert found.drift.seen == (first[0] if len(first) else None)
+    assert (found.drift.start is not None) == (found.drift.log_e.max() >= np.log(2 / 0.02))
 
 
 def test_unknown_images_are_told_from_known_ones_that_changed(at):
@@ -331,14 +364,20 @@ def test_classes_that_share_a_threshold_are_not_compared(at):
     [
         ({"level": 0.0}, "--level must lie between 0 and 1"),
         ({"level": float("nan")}, "--level must lie between 0 and 1"),
-        ({"window": -1}, "must not be negative"),
-        ({"pictures": -1}, "must not be negative"),
-        ({"window": 1}, "--window 1 makes 5,000 windows, 4,096 are possible: at least 2 images"),
+        ({"window": -1}, "--window must not be negative, got -1"),
+        ({"pictures": -1}, "--pictures must be 0 to 1,000"),
+        ({"pictures": 1001}, "--pictures must be 0 to 1,000"),
     ],
 )
-def test_options_that_cannot_be_are_refused(at, options, message):
+def test_options_that_cannot_be_are_refused_before_anything_is_read(at, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        watched(at, normal(5000), **options)
+        monitor([at / "gone.csv"], MonitorOptions(against=at, out=at / "page.html", **options))
+
+
+def test_too_many_windows_are_refused_with_the_length_that_is_possible(at):
+    message = "--window 1 makes 5,000 windows, 4,096 are possible: at least 2 images"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        watched(at, normal(5000), window=1)
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(at):

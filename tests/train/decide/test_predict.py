@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from backmix.pipeline.convert import convert
 from backmix.pipeline.options import ConvertOptions
 from backmix.train.decide import predict as module
 from backmix.train.decide import rows as rows_module
+from backmix.train.decide.conformal import benjamini_hochberg
 from backmix.train.decide.decision import COLUMNS, below
 from backmix.train.decide.options import PredictOptions
 from backmix.train.decide.predict import predict
-from backmix.train.decide.record import read_record
-from backmix.train.decide.summary import KINDS, Summary
+from backmix.train.decide.record import Preprocessing, Record, read_record
+from backmix.train.decide.rule import global_rule
+from backmix.train.decide.summary import KINDS, Summary, discoveries
 from backmix.train.evaluate import evaluate
 from backmix.train.options import EvaluateOptions
 from backmix.train.outputs import load_outputs
@@ -440,9 +443,41 @@ def test_false_discoveries_are_decided_over_all_images(place: Path, tmp_path: Pa
             assert (row["decision"] == "reject") == (row["p_value"] <= limit)
             assert (row["reason"] == "") == (row["decision"] == "accept")
         assert summary.rejected == sum(p <= limit for p in ordered)
-        assert f"{100 * share:g} % at most are expected to be known" in str(summary)
+        said = f"{100 * share:g} % at most are expected to be known" in str(summary)
+        assert said == bool(limit)
         rejected.add(summary.rejected)
     assert len(rejected) == 3 and 0 in rejected
+
+
+def with_table(n: int) -> Record:
+    """A record of n calibration images."""
+    scores = np.arange(float(n))
+    seen = Preprocessing(SIDE, "whole", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    rule = global_rule(scores, 1, Fraction("0.1"))
+    return Record("msp", {}, "0.1", None, rule, ("a",), seen, "fp32", "", "", {}, {})
+
+
+def test_where_nothing_is_discovered_it_is_said_what_was_needed() -> None:
+    """Of ten images and one that could not be read; the line is at share r / 10."""
+    p = np.array([0.03, 0.03, np.nan, *[0.5] * 7, 0.9])
+    said = discoveries(p, 0.1, with_table(99))
+    assert "the smallest p-value is 0.03 (2 of 10 images have it), 0.02 or less was needed" in said
+    assert said.endswith("needed. --fdr 0.15 would reject some")  # 0.03 * 10 / 2
+    assert benjamini_hochberg(p, 0.15).sum() == 2 and not benjamini_hochberg(p, 0.149).any()
+    assert "10 % at most are expected to be known" in discoveries(p / 1.5, 0.1, with_table(99))
+    said = discoveries(p, 0.1, with_table(39))  # no p-value below 1 / 40: 3 * 0.1 / 10 is above it
+    assert "39 calibration images give none below 0.025, which 3 of the images would have" in said
+    said = discoveries(p, 0.02, with_table(39))  # all ten would need 0.02
+    assert "none below 0.025, which is too much were it that of every image" in said
+    assert discoveries(np.ones(4), 0.5, with_table(99)).endswith("No --fdr would")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_share_that_is_named_rejects_some_and_a_hundredth_less_does_not(seed: int) -> None:
+    p = np.random.default_rng(seed).uniform(0.02, 1, 30)
+    said = discoveries(p, 0.001, with_table(99))
+    share = float(re.findall(r"--fdr (\S+) would reject some", said)[0])
+    assert benjamini_hochberg(p, share).any() and not benjamini_hochberg(p, 0.9 * share).any()
 
 
 # --- stopped and continued ------------------------------------------------------------------------

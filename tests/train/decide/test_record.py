@@ -15,15 +15,14 @@ from backmix.train.decide.record import (
     THRESHOLD,
     Preprocessing,
     Record,
-    file_digest,
     read_record,
     record_digest,
     record_document,
     record_of,
-    weights_digest,
     write_record,
 )
 from backmix.train.decide.rule import conditional_rule, global_rule
+from backmix.train.digests import file_digest, weights_digest
 
 NAMES = ("cat", "dog", "ü\u202e")
 

@@ -124,8 +124,24 @@ def test_a_service_without_its_file_does_not_start(
 ) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no network")
     monkeypatch.setenv("BACKMIX_MODEL", str(tmp_path / "model.onnx"))
-    with pytest.raises(ValueError, match=r"is damaged, or no \.onnx file"):
+    with pytest.raises(SystemExit, match=r"is damaged, or no \.onnx file"):
         service.create_app()
+    monkeypatch.delenv("BACKMIX_MODEL")
+    with pytest.raises(SystemExit, match="set BACKMIX_MODEL"):
+        service.create_app()
+
+
+def test_the_command_of_the_page_ends_with_the_reason_alone(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(ROOT / "src"), str(EXAMPLES)])
+    gone = tmp_path / "gone.onnx"
+    done = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "--factory", "serve_app:create_app", "--port", "0"],
+        env=os.environ | {"BACKMIX_MODEL": str(gone), "PYTHONPATH": paths},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and str(gone) in line
 
 
 def test_the_command_of_the_page_serves(model: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backmix.train.decide.sources import Files, Stored, as_text, find_images, name_of
+from backmix.train.decide.sources import Files, Images, Stored, as_text, find_images, name_of
 from tests.images import tar, write_files
 from tests.train.decide.calibrated import pictures, write_beton
 
@@ -32,15 +32,18 @@ MEMBERS = ["some.tar//top.jpg", "some.tar//d/e/f.jpg", "some.tar//c.PNG"]
 STORED = ["set.beton//cat/0.png", "set.beton//x//y", "set.beton//z"]
 
 
+def texts(images: Images) -> list[str]:
+    return [images.text(i) for i in range(len(images))]
+
+
 def test_every_kind_in_the_order_given(here: Path) -> None:
     sources = ["some.tar", "photos", "set.beton", "one.png", "upload", "./-"]
     with find_images(sources) as images:
-        assert list(images.texts()) == [*MEMBERS, *PHOTOS, *STORED, "one.png", "upload", "./-"]
-        assert [images.text(i) for i in range(len(images))] == list(images.texts())
+        assert texts(images) == [*MEMBERS, *PHOTOS, *STORED, "one.png", "upload", "./-"]
         assert [type(part) for part in images.parts] == [Files, Stored, Files]
         assert images.starts == (0, 7, 10)
     with find_images(["set.beton", "set.beton"]) as images:
-        assert len(images.parts) == 2 and list(images.texts()) == [*STORED, *STORED]
+        assert len(images.parts) == 2 and texts(images) == [*STORED, *STORED]
 
 
 def test_an_item_reads_what_its_name_says(here: Path) -> None:
@@ -79,12 +82,12 @@ def test_of_a_name_that_a_tar_holds_twice_the_last_counts(tmp_path: Path) -> Non
 )
 def test_names_of_standard_input(listed: bytes, names: list[str]) -> None:
     with find_images(["-"], io.BytesIO(listed)) as images:
-        assert list(images.texts()) == names
+        assert texts(images) == names
 
 
 def test_standard_input_names_images_whatever_they_are_called(here: Path) -> None:
     with find_images(["one.png", "-"], io.BytesIO(b"photos\nsome.tar\ngone\n")) as images:
-        assert list(images.texts()) == ["one.png", "photos", "some.tar", "gone"]
+        assert texts(images) == ["one.png", "photos", "some.tar", "gone"]
         assert len(images.parts) == 1
 
 
@@ -130,7 +133,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(here: Path, monkeypatch) -> N
 
 def digest(*sources: str) -> str:
     with find_images(sources) as images:
-        return images.digest
+        return images.digest()
 
 
 def test_the_digest_tells_lists_apart(here: Path) -> None:
