@@ -483,7 +483,7 @@ def test_data_that_moved_leave_sentences(trained, tmp_path):
     report.write_report([tmp_path / "softmax", tmp_path / "mix"], out)
     page = out.read_text()
     (missing,) = re.findall(r"<p>Not shown here:</p>\s*<ul>(.*?)</ul>", page, re.DOTALL)
-    assert "BackMix + SSOD, sampled locations: the training data are not there" in missing
+    assert "BackMix + SSOD, sampled locations: the training data: " in missing
     assert missing.count("what stands in for unknown images") == 2
     assert "There is no picture:" in page and 'id="evidence"' in page and 'id="features-2"' in page
 
