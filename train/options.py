@@ -387,8 +387,9 @@ class TableOptions:
     methods: str = "softmax,cutout,backmix,ssod,arpl"
     """Rows, with commas between them: methods of the recipes, each with training options of its own
     where wanted, such as "backmix --method.patch 16"."""
-    family: Literal["A", "B-cac", "B-dias", "C", "F", "OpenOOD"] = "A"
-    """Family of published class lists."""
+    family: Literal["A", "B-cac", "B-dias", "C", "F", "OpenOOD", "all"] = "A"
+    """Family of published class lists; all: every class of the files is known, and what is unknown
+    comes by --unknown."""
     lists: tuple[int, ...] = ()
     """Numbers of the class lists; empty = all of the family."""
     seeds: int = 1

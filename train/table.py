@@ -44,6 +44,7 @@ _OF_THE_TABLE = {
     "--data": "--data",
     "--out": "--out",
     "--seed": "--seeds and --first-seed",
+    "--split.protocol": "--family",
     "--split.family": "--family",
     "--split.list": "--lists",
 }
@@ -161,7 +162,10 @@ def cells(base: str, options: TableOptions) -> list[Cell]:
             for (method, *own), name in zip(rows, names, strict=True):
                 recipe = f"{base}-{method}"
                 chosen = [*common, *_epochs(RECIPES[recipe](), options), "--seed", str(seed)]
-                if number is not None:
+                if options.family == "all":
+                    chosen += ["--split.protocol", "None"]
+                    name_here = f"{name}-all-seed{seed}"
+                elif number is not None:
                     chosen += ["--split.family", options.family, "--split.list", str(number)]
                     name_here = f"{name}-{options.family}{number}-seed{seed}"
                 else:
@@ -187,9 +191,10 @@ def _name(row: Sequence[str]) -> str:
 def _lists(run: Run, options: TableOptions) -> list[int | None]:
     """Return the numbers of the class lists; None alone where the recipe follows no protocol."""
     protocol = run.split.protocol
-    if protocol is None:
+    if protocol is None or options.family == "all":
         if options.lists:
-            raise ValueError("--lists: these recipes follow no protocol and have no class lists")
+            why = "--family all has" if protocol else "these recipes follow no protocol and have"
+            raise ValueError(f"--lists: {why} no class lists")
         return [None]
     published = len(protocols.splits(protocol, options.family))
     wanted = list(options.lists) or list(range(published))
@@ -281,7 +286,12 @@ def _sets(grid: Sequence[Cell], trained: Sequence[Run], options: TableOptions) -
                     if isinstance(images, BetonImages)
                     else (str(images.folder), len(images))
                 )
-        return _Sets(data.digest, judged)
+    if judged.keys() <= {KNOWN}:
+        raise ValueError(
+            "every class of the test set is known, so there is nothing to tell apart: name unknown "
+            "images by --unknown NAME=PATH, a .beton or a folder"
+        )
+    return _Sets(data.digest, judged)
 
 
 def _job(cell: Cell, runs: Path, sets: _Sets, options: TableOptions) -> Job | None:

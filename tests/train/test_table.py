@@ -10,7 +10,7 @@ from backmix.train import table
 from backmix.train.checkpoint import locked
 from backmix.train.jobs import Job
 from backmix.train.options import Arpl, BackMix, TableOptions, host_of
-from backmix.train.recipes import METHOD_ROWS, RECIPES
+from backmix.train.recipes import METHOD_ROWS, RECIPES, parse_run
 from backmix.train.results import read_judged, run_folders
 from backmix.train.table import cells, run_table
 from backmix.train.table_page import table_page
@@ -76,6 +76,18 @@ def test_recipes_without_a_protocol_make_one_cell_per_seed_and_method() -> None:
     assert [cell.name for cell in made] == ["softmax-seed0", "backmix-seed0"]
 
 
+def test_family_all_knows_every_class() -> None:
+    made = cells("cifar10", replace(GRID, methods="softmax,ssod", seeds=2, lists=(), family="all"))
+    assert [cell.name for cell in made] == [
+        "softmax-all-seed0",
+        "ssod-all-seed0",
+        "softmax-all-seed1",
+        "ssod-all-seed1",
+    ]
+    given = ["--data", "train.beton", "--out", "run", *made[1].options]
+    assert parse_run(made[1].recipe, given).split.protocol is None
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "said"),
     [
@@ -88,6 +100,8 @@ def test_recipes_without_a_protocol_make_one_cell_per_seed_and_method() -> None:
         ("tiny-imagenet", {"family": "F", "lists": (7,)}, "has no lists of family|has the lists"),
         ("cifar10", {"methods": "softmax,softmax"}, "names a row twice"),
         ("demo", {"methods": "softmax", "lists": (0,)}, "--lists: these recipes follow no"),
+        ("cifar10", {"family": "all", "lists": (0,)}, "--lists: --family all has no class lists"),
+        ("cifar10", {"methods": "ssod --split.protocol None"}, "the table sets it, by --family"),
         ("cifar10", {"methods": "softmax --seed 3"}, "--seed .* sets it, by --seeds"),
         ("cifar10", {"options": "--split.list=3"}, r"--split\.list .* sets it, by --lists"),
         ("cifar10", {"methods": "softmax --out x"}, "--out .* sets it, by --out"),
@@ -233,6 +247,7 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
         ({"size": -3}, "--size must be 1 to"),
         ({"test": (short,)}, "lacks the known classes|has 4 classes"),
         ({"methods": "backmix,backmix --method.patch 8"}, "would be the same run twice"),
+        ({"family": "all", "lists": (), "unknown": ()}, "name unknown images by --unknown"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             run_table("cifar10", replace(fresh, **changes), say=said.append)
