@@ -158,12 +158,14 @@ def memory(pid: int | str = "self") -> dict[str, float]:
 
 @contextmanager
 def watched(pid: int | str = "self") -> Iterator[dict[str, float]]:
-    """Yield the most of `memory` there is until the end, looked at every 20 ms."""
+    """Yield the most of `memory` there is until the end, looked at every 20 ms and at the end."""
     most = memory(pid)
     over = threading.Event()
 
     def look() -> None:
-        while not over.wait(0.02):
+        ended = False
+        while not ended:
+            ended = over.wait(0.02)
             try:
                 now = memory(pid)
             except (OSError, KeyError):  # it has ended
