@@ -79,6 +79,22 @@ def check_device(run: Run, device: str) -> None:
         raise ValueError("--sync-batchnorm needs GPUs: torch has it for them alone")
 
 
+def check_loader(run: Run, loader: str, processes: int) -> None:
+    """Refuse options that do not go with what reads the data, once that is known.
+
+    Args:
+        run: the options.
+        loader: what --loader.loader has become.
+        processes: that train together.
+
+    Raises:
+        ValueError: saying what stands against it.
+    """
+    check_donors(run, loader)
+    check_parts(run, loader, processes)
+    check_graph(run, loader, processes)
+
+
 def check_graph(run: Run, loader: str, processes: int) -> None:
     """Refuse --graph where a step depends on more than what lies on the device before it.
 

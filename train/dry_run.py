@@ -23,7 +23,7 @@ from backmix.pipeline.loader import choose, open_loader
 from backmix.pipeline.options import size_at
 from backmix.pipeline.subset import Subset
 from backmix.train.bench_step import synthetic
-from backmix.train.check import check, check_device, check_graph, check_parts
+from backmix.train.check import check, check_device, check_loader
 from backmix.train.checkpoint import free_bytes, is_locked
 from backmix.train.known import known_classes, refuse_unfit_init, training_subset
 from backmix.train.methods.backmix import BackMixMethod
@@ -79,8 +79,7 @@ def lines(run: Run, recipe: str, command: list[str]) -> list[str]:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         refuse_too_many(World(size=processes), run.loader.batch, run.loader.mix_group)
         if kind != UNDECIDED:
-            check_parts(run, kind, processes)
-            check_graph(run, kind, processes)
+            check_loader(run, kind, processes)
         resolved = replace(resolved, loader=kind)
         config = Config.of(run, recipe, command, resolved, data, known, len(subset))
         refuse_other_data(run, config)

@@ -13,7 +13,7 @@ from backmix.pipeline.beton import BetonSet, open_set
 from backmix.pipeline.loader import Loader, choose, open_loader
 from backmix.pipeline.subset import Subset
 from backmix.train.arithmetic import set_arithmetic
-from backmix.train.check import check_device, check_donors, check_graph, check_parts
+from backmix.train.check import check_device, check_loader
 from backmix.train.ema import Ema
 from backmix.train.exchange import Exchange
 from backmix.train.known import known_classes, refuse_unfit_init, training_subset
@@ -83,9 +83,7 @@ def prepare_run(
                 say(uneven)
         kind = world.of_first(chosen)
         resolved = replace(resolved, loader=kind)
-        check_donors(run, kind)
-        check_parts(run, kind, world.size)
-        check_graph(run, kind, world.size)
+        check_loader(run, kind, world.size)
         config = Config.of(run, recipe, command, resolved, data, known, len(subset))
         refuse_other_copies(world, data.digest)
         views = view_dtype(resolved)

@@ -133,6 +133,7 @@ def test_what_a_start_refuses_is_refused(data: Path, tmp_path: Path) -> None:
         (replace(run, data=(tmp_path / "no.beton",)), r"no\.beton"),
         (replace(run, accumulate=1000), "--accumulate 1000"),
         (replace(run, graph=True), "--graph does not go with the turbo loader"),
+        (replace(run, loader=replace(run.loader, group=1)), "--loader.group 1: .* at least 2"),
         (replace(run, device="cpu", sync_batchnorm=True), "--sync-batchnorm needs GPUs"),
     ):
         with pytest.raises((ValueError, OSError), match=match):
