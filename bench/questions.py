@@ -9,8 +9,9 @@ length: how the difference to softmax grows with training.
 options: which of BackMix's options matter: patch, share, mask, map source, bank.
 
 Every figure comes from a row of `backmix table demo`. A run of 16 epochs on one thread takes about
-half a minute on an idle core; the same command goes on where it was stopped. `--write` leaves what
-`bench/plot.py` makes the tables of docs/results.md from.
+half a minute on an idle core; the same command goes on where it was stopped. `--write` adds to the
+file that `bench/plot.py` makes a table of docs/results.md from: columns may have commands of their
+own.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 from backmix.pipeline.convert import convert
 from backmix.pipeline.options import ConvertOptions
+from backmix.train.checkpoint import write_atomically
 from backmix.train.demo_data import write_demo_data
 from backmix.train.options import TableOptions
 from backmix.train.table import run_table
@@ -115,7 +117,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rows", nargs="+", help="rows, instead of all")
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--write", type=Path, help="the file for bench/plot.py")
+    parser.add_argument(
+        "--write", type=Path, help="add the figures to this file, for bench/plot.py"
+    )
     asked = parser.parse_args()
     question = QUESTIONS[asked.question]
     unknown = sorted(set(asked.rows or ()) - set(question.rows))
@@ -130,7 +134,7 @@ def main() -> int:
     if asked.epochs:
         columns = tuple(Column(columns[0].correlation, epochs) for epochs in asked.epochs)
     found: list[Figures] = []
-    facts: dict[str, Any] = {}
+    configs: list[dict[str, Any]] = []
     for column in columns:
         for seed in range(asked.seeds):
             images = asked.out / f"correlation-{column.correlation:g}" / f"seed{seed}"
@@ -152,11 +156,17 @@ def main() -> int:
                 figures, config = read(folder, row(text, images).split())
                 at = {"correlation": column.correlation, "epochs": column.epochs, "seed": seed}
                 found.append({"row": name, **at, **figures})
-                facts = {"commit": config["commit"], "torch": config["versions"]["torch"]}
-    document = {**facts, "figures": found}
-    print(page(document))
-    if asked.write:
-        asked.write.write_text(json.dumps(document, indent=1) + "\n")
+                configs.append(config)
+    try:
+        document = {**facts(configs), "figures": found}
+        print(page(document))
+        if asked.write:
+            if asked.write.exists():
+                document = added(json.loads(asked.write.read_text()), document, asked.write)
+            write_atomically(asked.write, f"{json.dumps(document, indent=1)}\n".encode())
+    except ValueError as wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -205,6 +215,40 @@ def read(folder: Path, words: list[str]) -> tuple[Figures, dict[str, Any]]:
     raise ValueError(f"{folder}: no finished run of the row {' '.join(words)!r}")
 
 
+def facts(configs: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the commit and torch that all runs have in common.
+
+    Raises:
+        ValueError: they differ.
+    """
+    found = {(config["commit"], config["versions"]["torch"]) for config in configs}
+    if len(found) > 1:
+        told = ", ".join(f"{commit[:12]} with torch {torch}" for commit, torch in sorted(found))
+        raise ValueError(f"the runs are of several states, {told}: another --out begins anew")
+    ((commit, torch),) = found
+    return {"commit": commit, "torch": torch}
+
+
+def added(older: dict[str, Any], newer: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the figures of both documents; of the same row, column and seed the newer ones.
+
+    Raises:
+        ValueError: they are of another commit or torch; `path` is where the older one lies.
+    """
+    for what in ("commit", "torch"):
+        if older[what] != newer[what]:
+            raise ValueError(
+                f"{path} has figures of {what} {older[what]}, these are of {newer[what]}: write to "
+                "another file, or move that one away"
+            )
+    cells = {_cell_of(figures): figures for figures in older["figures"] + newer["figures"]}
+    return {**newer, "figures": list(cells.values())}
+
+
+def _cell_of(figures: Figures) -> tuple[str | float, ...]:
+    return tuple(figures[key] for key in ("row", "correlation", "epochs", "seed"))
+
+
 def page(document: dict[str, Any]) -> str:
     """Return the table: AUROC of every row and column, difference to softmax, and mask hit.
 
@@ -241,7 +285,7 @@ def page(document: dict[str, Any]) -> str:
         for column in columns:
             values, base = of(row, column, "auroc"), of("softmax", column, "auroc")
             paired = [values[seed] - base[seed] for seed in values if seed in base]
-            cells.append(_cell(values.values(), () if row == "softmax" else paired))
+            cells.append(_told(values.values(), () if row == "softmax" else paired))
         for column in with_hit:
             share = of(row, column, "hit").values()
             cells.append(f"{100 * statistics.fmean(share):.0f} %" if share else "")
@@ -255,7 +299,7 @@ def page(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(values: Iterable[float], paired: Iterable[float]) -> str:
+def _told(values: Iterable[float], paired: Iterable[float]) -> str:
     values, paired = [100 * v for v in values], [100 * d for d in paired]
     if not values:
         return ""

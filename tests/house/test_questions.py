@@ -9,7 +9,7 @@ from backmix.train.options import TableOptions
 from backmix.train.recipes import parse_run
 from backmix.train.table import cells
 from bench import questions
-from bench.questions import QUESTIONS, page, row
+from bench.questions import QUESTIONS, added, facts, page, row
 
 FACTS = {"commit": "0123456789abcdef", "torch": "2.13.0"}
 
@@ -44,6 +44,29 @@ def test_three_seeds_have_a_spread_and_one_column_no_number() -> None:
     lines = page({**FACTS, "figures": found}).split("\n")
     assert lines[0] == "| method | AUROC |"
     assert lines[3] == "| Cutout | 76.3 (+3.0 ± 2.0) |"
+
+
+def test_columns_of_other_commands_are_added(tmp_path) -> None:
+    path = tmp_path / "length.json"
+    short = {**FACTS, "figures": [figure("softmax", 0, 0.8), figure("BackMix", 0, 0.7)]}
+    # A column more, and one cell of the old one anew.
+    more = [figure("softmax", 0, 0.9, epochs=30), figure("BackMix", 0, 0.85)]
+    both = added(short, {**FACTS, "figures": more}, path)
+    assert both == {**FACTS, "figures": [short["figures"][0], more[1], more[0]]}
+    assert page(both).split("\n")[2:4] == [
+        "| softmax | 80.0 | 90.0 |",
+        "| BackMix | 85.0 (+5.0) |  |",
+    ]
+    for other in ({"commit": "fedcba"}, {"torch": "2.14.0"}):
+        with pytest.raises(ValueError, match=rf"length\.json has figures of {next(iter(other))} "):
+            added(short, {**FACTS, **other, "figures": more}, path)
+
+
+def test_runs_of_several_commits_are_no_table() -> None:
+    one, other = ({"commit": c, "versions": {"torch": "2.13.0"}} for c in ("a" * 40, "b" * 40))
+    assert facts([one, one]) == {"commit": "a" * 40, "torch": "2.13.0"}
+    with pytest.raises(ValueError, match=r"aaaaaaaaaaaa with .*, bbbbbbbbbbbb with"):
+        facts([one, other])
 
 
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
