@@ -17,6 +17,13 @@ from backmix.train.options import Augment, BackMix, Method, Optim, Run
 SIDE = 32
 
 
+TINY = (
+    "--model classifier32-quarter --epochs 2 --loader.batch 16 --threads 1 --augment.pad 2 "
+    "--optim.lr 0.05 --precision fp32 --device cpu"
+)
+"""Options of `backmix train` for a run of seconds."""
+
+
 def tiny_images(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, 32, 32, 3] whose class is the place of a bright square, and labels [n]."""
     generator = np.random.default_rng(seed)

@@ -37,7 +37,7 @@ class BetonImages:
     absent: int = 0
     """Classes that were asked for and have no image in the files."""
     group: str = ""
-    """What the set is averaged with: near, far, or nothing."""
+    """What the set is averaged with: the group of a bench, or nothing."""
 
     def __len__(self) -> int:
         return len(self.subset)
@@ -53,7 +53,7 @@ class FolderImages:
     items: Sequence[Item]
     """The files; a known set's with their positions in the run's class list, the others with -1."""
     group: str = ""
-    """What the set is averaged with: near, far, csid, or nothing."""
+    """What the set is averaged with: near, far, csid, another bench's group, or nothing."""
     share: float | None = None
     """Views are the central square of this share of the resized image's shorter side
     (`central_view`); None = what the run's evaluation shows of any image."""

@@ -30,7 +30,8 @@ class Scored:
 
     name: str
     group: str
-    """What the set is averaged with: near, far, csid (known images under shift), or nothing."""
+    """What the set is averaged with: near, far, csid (known images under shift), another
+    bench's group, or nothing."""
     bad: int
     """Images that could not be read and have no score."""
     labels: np.ndarray

@@ -384,6 +384,13 @@ class TableOptions:
     """cifar+10 and cifar+50: the CIFAR-100 test set."""
     unknown: tuple[str, ...] = ()
     """NAME=PATH ...: further unknown sets, as for `backmix evaluate`."""
+    openood: Path | None = None
+    """Instead of --test: the folder of OpenOOD v1.5's data, as for `backmix evaluate`; usually with
+    --family all."""
+    benchmark: Literal["cifar10", "cifar100", "imagenet200", "imagenet"] | None = None
+    """--openood: its benchmark; without one, that of the runs' number of classes."""
+    bench: tuple[Literal["ssod-cifar10", "ssod-imagenet"], Path] | None = None
+    """NAME DIR: the unknown sets of one of SSOD's benches, as for `backmix evaluate`."""
     methods: str = "softmax,cutout,backmix,ssod,arpl"
     """Rows, with commas between them: methods of the recipes, each with training options of its own
     where wanted, such as "backmix --method.patch 16"."""

@@ -77,8 +77,10 @@ def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
         OSError: a file could not be written.
     """
     grid = cells(base, options)
-    if not options.data or not options.test:
-        raise ValueError("a table needs both sets: --data TRAIN.beton --test TEST.beton")
+    if not options.data or not (options.test or options.openood):
+        raise ValueError(
+            "a table needs both sets: --data TRAIN.beton, and --test TEST.beton or --openood DIR"
+        )
     trained = [_checked(cell, options) for cell in grid]
     _refuse_repeats(grid, trained)
     sets = _sets(grid, trained, options)
@@ -90,23 +92,24 @@ def run_table(base: str, options: TableOptions, *, say: Say = print) -> int:
 def _run(grid: Sequence[Cell], sets: "_Sets", options: TableOptions, say: Say) -> int:
     """Do what is left of a grid that has been checked, alone in its folder."""
     runs = options.out / "runs"
-    left = [job for cell in grid if (job := _job(cell, runs, sets, options)) is not None]
+    broken = {cell.name: why for cell in grid if (why := _broken(runs / cell.name))}
+    sound = [cell for cell in grid if cell.name not in broken]
+    left = [job for cell in sound if (job := _job(cell, runs, sets, options)) is not None]
     # The small budget trains on one thread a cell; the full one on all cores, or on the GPU.
     usual = usable_cores() if options.budget == "small" else 1
     workers = max(1, min(options.workers or usual, len(left)))
     say(
-        f"{len(grid)} cells, {len(grid) - len(left)} of them finished; {workers} at a time "
+        f"{len(grid)} cells, {len(sound) - len(left)} of them finished; {workers} at a time "
         f"in {runs}"
     )
     watch = _Watch(left, runs, grid, quiet=options.quiet)
-    failed = run_jobs(left, workers, say, keep_going=True, watch=watch)
+    failed = broken | run_jobs(left, workers, say, keep_going=True, watch=watch)
     for cell in grid:
         if cell.name not in failed:
             try:
                 read_judged(runs / cell.name)
             except (ValueError, OSError) as error:
-                again = f"remove {runs / cell.name}, and the same command trains it anew"
-                failed[cell.name] = f"{cell.name}: {error}; {again}"
+                failed[cell.name] = _unreadable(runs / cell.name, error)
     done = [runs / cell.name for cell in grid if cell.name not in failed]
     if not done:
         raise ValueError(
@@ -258,9 +261,15 @@ def _sets(grid: Sequence[Cell], trained: Sequence[Run], options: TableOptions) -
     if options.size and not 1 <= options.size <= LARGEST_VIEW:
         raise ValueError(f"--size must be 1 to {LARGEST_VIEW} pixels, got {options.size}")
     asked = EvaluateOptions(
-        test=options.test, unknown_data=options.unknown_data, unknown=options.unknown
+        test=options.test,
+        unknown_data=options.unknown_data,
+        unknown=options.unknown,
+        openood=options.openood,
+        benchmark=options.benchmark,
+        bench=options.bench,
     )
     judged: dict[str, str | tuple[str, int]] = {}
+    unknown = False
     with open_set(options.data) as data:
         # Cells differ in what is known, and in nothing else that matters to their sets.
         by_split = {run.split: (run, cell) for run, cell in zip(trained, grid, strict=True)}
@@ -280,16 +289,17 @@ def _sets(grid: Sequence[Cell], trained: Sequence[Run], options: TableOptions) -
             )
             sets = image_sets(one, asked).images
             refuse_names(sets)
+            unknown |= any(images.kind == "unknown" for images in sets)
             for images in sets:
                 judged[images.name] = (
                     images.digest
                     if isinstance(images, BetonImages)
                     else (str(images.folder), len(images))
                 )
-    if judged.keys() <= {KNOWN}:
+    if not unknown:
         raise ValueError(
             "every class of the test set is known, so there is nothing to tell apart: name unknown "
-            "images by --unknown NAME=PATH, a .beton or a folder"
+            "images by --unknown NAME=PATH, a .beton or a folder, or a bench (--openood, --bench)"
         )
     return _Sets(data.digest, judged)
 
@@ -304,7 +314,15 @@ def _job(cell: Cell, runs: Path, sets: _Sets, options: TableOptions) -> Job | No
     else:
         _refuse_other_training(run, cell, sets.data)
     if commands or not _judged(run, sets, options):
-        evaluate = ["evaluate", str(run), "--test", *map(str, options.test), "--threads", "1"]
+        evaluate = ["evaluate", str(run), "--threads", "1"]
+        if options.test:
+            evaluate += ["--test", *map(str, options.test)]
+        if options.openood:
+            evaluate += ["--openood", str(options.openood)]
+        if options.benchmark:
+            evaluate += ["--benchmark", options.benchmark]
+        if options.bench:
+            evaluate += ["--bench", *map(str, options.bench)]
         if options.unknown_data:
             evaluate += ["--unknown-data", *map(str, options.unknown_data)]
         if options.unknown:
@@ -321,6 +339,20 @@ def _job(cell: Cell, runs: Path, sets: _Sets, options: TableOptions) -> Job | No
             evaluate += ["--model", model]
         commands.append(evaluate)
     return Job(cell.name, commands, runs / f"{cell.name}.log") if commands else None
+
+
+def _broken(run: Path) -> str:
+    """Return what keeps a finished cell from being told from one of another grid, or nothing."""
+    try:
+        if finished(run):
+            read_run(run)
+    except (ValueError, OSError) as error:
+        return _unreadable(run, error)
+    return ""
+
+
+def _unreadable(run: Path, error: Exception) -> str:
+    return f"{run.name}: {error}; remove {run}, and the same command trains it anew"
 
 
 def _refuse_other_training(run: Path, cell: Cell, digest: str) -> None:
@@ -363,9 +395,8 @@ def _judged(run: Path, sets: _Sets, options: TableOptions) -> bool:
             there = found.files[0], len(found) + len(found.bad)
             if wanted != (found.digest if isinstance(wanted, str) else there):
                 return False
-        return sets.judged.keys() - {KNOWN} <= metrics["unknown"].keys() and bool(
-            metrics["fit"] or not options.fit
-        )
+        judged = {KNOWN, *metrics["unknown"], *metrics.get("shifted", {})}
+        return sets.judged.keys() <= judged and bool(metrics["fit"] or not options.fit)
     except (OSError, ValueError, KeyError):
         return False
 

@@ -32,21 +32,21 @@ def table_document(groups: Sequence[Group]) -> dict[str, Any]:
     "model", "epochs", "commit", "torch", "device", "minutes", "command", "notes", "unpaired": why
     there is no difference to softmax, or nothing}], "sets":
     {UNKNOWN: {"known": [smallest, greatest number of images], "unknown": likewise, "cues": {CUE:
-    [figure]}}}, "rows": [{"method", "unknown", "score", "own": whether it is the method's own,
-    "runs": [folder], "figures": {METRIC: [a value a run]}, "differences": {METRIC: [a value a
-    pair]}}]}.
+    [figure]}}}, "means": {NAME: [UNKNOWN]}, the groups of sets over which a bench takes the mean,
+    "rows": [{"method", "unknown": a set or the name of such a mean, "score", "own": whether it is
+    the method's own, "runs": [folder], "figures": {METRIC: [a value a run]}, "differences":
+    {METRIC: [a value a pair]}}]}.
     `repeats` marks runs on a class list that poses the same problem as an earlier one.
     """
     runs = [run for group in groups for run in group.runs]
     baselines = {pair_key(run): run for run in runs if run.is_baseline}
-    rows, sets = [], {}
-    for unknown in dict.fromkeys(name for run in runs for name in run.metrics["unknown"]):
-        sets[unknown] = _set(unknown, runs)
+    sets = dict.fromkeys(name for run in runs for name in run.metrics["unknown"])
+    means = {name: mean["sets"] for run in runs for name, mean in run.means.items()}
+    rows = []
+    for unknown in (*sets, *means):
         for group in groups:
-            judged = [run for run in group.runs if unknown in run.metrics["unknown"]]
-            scores = dict.fromkeys(
-                score for run in judged for score in run.metrics["unknown"][unknown]["scores"]
-            )
+            judged = [run for run in group.runs if run.scores_on(unknown)]
+            scores = dict.fromkeys(score for run in judged for score in run.scores_on(unknown))
             for score in scores:
                 having = [run for run in judged if run.figure("auroc", unknown, score) is not None]
                 row = row_of(score, group.label, having, unknown, baselines)
@@ -69,7 +69,8 @@ def table_document(groups: Sequence[Group]) -> dict[str, Any]:
             for group in groups
             for run in group.runs
         ],
-        "sets": sets,
+        "sets": {unknown: _set(unknown, runs) for unknown in sets},
+        "means": means,
         "rows": rows,
     }
 
@@ -131,6 +132,7 @@ def table_page(document: Mapping[str, Any], level: int = 1, *, folded: bool = Fa
     lists = _each(run["list"] for run in runs if run["list"])
     models = _each(run["model"] for run in runs)
     epochs = _each(str(run["epochs"]) for run in runs)
+    means = document.get("means", {})  # documents of before have none
     several = len(document["sets"]) > 1
     lines = [f"{'#' * level} {document['problem']}, {models}, {epochs} epochs", ""]
     lines += [
@@ -152,18 +154,22 @@ def table_page(document: Mapping[str, Any], level: int = 1, *, folded: bool = Fa
     lines += [*(f"- {note}" for note in notes), *([""] if notes else [])]
     if several:
         lines += [f"{'#' * (level + 1)} All unknown sets", "", *_overview(document)]
-    for unknown, images in document["sets"].items():
+    for unknown in (*document["sets"], *means):
         rows = [row for row in document["rows"] if row["unknown"] == unknown]
-        size = f"{_range(images['known'])} known and {_range(images['unknown'])} unknown images"
+        images = document["sets"].get(unknown)
+        size = "unweighted, set by set"
+        if images:
+            size = f"{_range(images['known'])} known and {_range(images['unknown'])} unknown images"
+        what = "Unknown set" if images else "Mean over"
         if folded and several:
-            summary = f"Unknown set <code>{unknown}</code>: {size}"
+            summary = f"{what} <code>{unknown}</code>: {size}"
             lines += ["<details>", f"<summary>{summary}</summary>", ""]
         else:
-            lines += [f"{'#' * (level + 1)} Unknown set `{unknown}`", "", f"{size}.", ""]
+            lines += [f"{'#' * (level + 1)} {what} `{unknown}`", "", f"{size}.", ""]
         lines += [
             *_main_table(rows, by_folder),
             *_every_score(rows, folded=folded and not several),
-            *_cues(images["cues"]),
+            *_cues(images["cues"] if images else {}),
             *(["</details>", ""] if folded and several else []),
         ]
     told: dict[str, list[str]] = {}
@@ -177,7 +183,7 @@ def table_page(document: Mapping[str, Any], level: int = 1, *, folded: bool = Fa
 
 
 def _overview(document: Mapping[str, Any]) -> list[str]:
-    """Return the AUROC of each method on every set, by its own scores and the common ones."""
+    """Return the AUROC of each method on every set and mean, by its own and the common scores."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in document["rows"]:
         if row["own"] or row["score"] in COMMON:
@@ -186,8 +192,9 @@ def _overview(document: Mapping[str, Any]) -> list[str]:
             accuracy = {"": _percent(row["figures"]["accuracy"])}  # no set has no name
             each = found.setdefault((row["method"], row["score"]), accuracy)
             each[row["unknown"]] = f"{cell} ({change})" if change else cell
-    columns = "", *document["sets"]
-    head = ["method", "score", "accuracy", *(f"`{unknown}`" for unknown in document["sets"])]
+    unknown = *document["sets"], *document.get("means", {})
+    columns = "", *unknown
+    head = ["method", "score", "accuracy", *(f"`{name}`" for name in unknown)]
     body = [
         [method, SCORE_NAMES.get(score, score), *(cells.get(name, "") for name in columns)]
         for (method, score), cells in found.items()

@@ -24,10 +24,13 @@ from backmix.train.openood import (
     find_openood,
     read_list,
 )
-from backmix.train.options import Augment, EvaluateOptions, Run
+from backmix.train.options import Augment, EvaluateOptions, Run, TableOptions
 from backmix.train.outputs import load_outputs
+from backmix.train.results import read_judged
 from backmix.train.run_folder import as_document
+from backmix.train.table import run_table
 from backmix.train.trained import load_model, read_run
+from tests.runs import TINY, tiny_images, write_set
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer"]
 CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
@@ -205,6 +208,60 @@ def test_the_command_prints_the_table(tree: Path, tmp_path: Path, capsys) -> Non
 # --- the lists ----------------------------------------------------------------------------------
 
 
+def test_a_whole_table_is_judged_on_a_benchmark(tree: Path, tmp_path: Path) -> None:
+    images, labels = tiny_images(40, 10)
+    write_beton(tmp_path / "textures.beton", 5)
+    options = TableOptions(
+        out=tmp_path / "table",
+        data=(write_set(tmp_path / "train.beton", images, labels % 10, CIFAR10),),
+        openood=tree,
+        bench=("ssod-cifar10", tmp_path),
+        unknown=(f"more={tmp_path / 'textures.beton'}",),
+        methods="softmax,cutout",
+        family="all",
+        options=TINY,
+        quiet=True,
+    )
+    said: list[str] = []
+    assert run_table("cifar10", options, say=said.append) == 0
+    document = json.loads((options.out / "table.json").read_text())
+    near, far = "near: cifar100, tin", "far: svhn, texture"
+    assert list(document["sets"]) == ["cifar100", "tin", "svhn", "texture", "more", "textures"]
+    means = {near: ["cifar100", "tin"], far: ["svhn", "texture"], "ssod: textures": ["textures"]}
+    assert document["means"] == means
+    rows = {
+        row["unknown"]: row["figures"]["auroc"]
+        for row in document["rows"]
+        if (row["method"], row["score"]) == ("Cutout", "msp")
+    }
+    (folder,) = (run["folder"] for run in document["runs"] if run["method"] == "Cutout")
+    groups = read_judged(options.out / "runs" / folder).metrics["groups"]
+    for mean, name in ((near, "near"), (far, "far")):
+        assert rows[mean] == [groups[name]["scores"]["msp"]["auroc"]]
+        assert rows[mean][0] == pytest.approx(
+            np.mean([rows[unknown][0] for unknown in document["means"][mean]])
+        )
+    page = (options.out / "table.md").read_text()
+    assert f"`texture` | `more` | `textures` | `{near}` | `{far}` | `ssod: textures` |" in page
+    assert f"## Mean over `{far}`\n\nunweighted, set by set.\n" in page
+    assert "the set mnist is missing" in page
+    said.clear()
+    assert run_table("cifar10", options, say=said.append) == 0
+    assert said[0].startswith("2 cells, 2 of them finished")
+
+    fresh = replace(options, out=tmp_path / "fresh")
+    for changes, message in (
+        ({"test": options.data}, "leave out --test"),
+        ({"openood": None}, "--test TEST.beton or --openood DIR"),
+        ({"family": "A"}, "the run knows 6 classes"),
+        ({"openood": tmp_path}, "benchmark_imglist"),
+        ({"openood": None, "test": options.data, "benchmark": "cifar10"}, "needs OpenOOD's data"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            run_table("cifar10", replace(fresh, **changes), say=said.append)
+    assert not fresh.out.exists()
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -378,7 +435,7 @@ def test_a_bench_finds_its_sets_by_their_names(tmp_path: Path) -> None:
         "textures": "dtd",
         "places365": "Places365.beton",
     }
-    assert {group for _, group in found.values()} == {"far"}
+    assert {group for _, group in found.values()} == {"ssod"}
     assert list(missing) == ["isun"]
     draw(tmp_path / "LSUN-C" / "1.png", 1)
     with pytest.raises(ValueError, match="LSUN-C, LSUN_resize could each be the set lsun"):
@@ -411,8 +468,8 @@ def test_a_bench_and_named_sets_join_the_test_file(tmp_path: Path) -> None:
     assert [(s.name, s.group, len(s)) for s in sets.images] == [
         ("known", "", 2),
         ("more", "", 1),
-        ("svhn", "far", 1),
-        ("isun", "far", 4),
+        ("svhn", "ssod", 1),
+        ("isun", "ssod", 4),
     ]
     assert set(sets.missing) == {"lsun", "textures", "places365"}
     assert "svhn has 1 images, the usual set 26,032" in sets.notes

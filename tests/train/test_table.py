@@ -14,13 +14,9 @@ from backmix.train.recipes import METHOD_ROWS, RECIPES, parse_run
 from backmix.train.results import read_judged, run_folders
 from backmix.train.table import cells, run_table
 from backmix.train.table_page import table_page
-from tests.runs import tiny_images, tiny_set, write_set
+from tests.runs import TINY, tiny_images, tiny_set, write_set
 
 GRID = TableOptions(out=Path("table"), methods="softmax,backmix", seeds=2, lists=(0, 2))
-TINY = (
-    "--model classifier32-quarter --epochs 2 --loader.batch 16 --threads 1 --augment.pad 2 "
-    "--optim.lr 0.05 --precision fp32 --device cpu"
-)
 
 
 def option(cell, name: str) -> str | None:
@@ -198,15 +194,16 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
             assert judged.known.digest == judged.unknown["unknown"].digest == data.digest
     with pytest.raises(ValueError, match=r"another grid: it was trained on other data .*train\.be"):
         run_table("cifar10", replace(wider, data=(other,), test=(other,)), say=said.append)
-    log = runs / "cutout-A0-seed0" / "log.jsonl"
-    rows = log.read_bytes()
-    log.write_bytes(b"")
-    said.clear()
-    assert run_table("cifar10", replace(wider, test=(other,)), say=said.append) == 1
-    assert said[-1].startswith("not in it: cutout-A0-seed0: ") and "trains it anew" in said[-1]
-    assert "| softmax |" in (options.out / "table.md").read_text()
-    assert "| Cutout |" not in (options.out / "table.md").read_text()
-    log.write_bytes(rows)
+    for name in ("log.jsonl", "config.json", "status.json"):
+        broken = runs / "cutout-A0-seed0" / name
+        held = broken.read_bytes()
+        broken.write_bytes(b"")
+        said.clear()
+        assert run_table("cifar10", replace(wider, test=(other,)), say=said.append) == 1
+        assert said[-1].startswith("not in it: cutout-A0-seed0: ") and "trains it anew" in said[-1]
+        assert "| softmax |" in (options.out / "table.md").read_text()
+        assert "| Cutout |" not in (options.out / "table.md").read_text()
+        broken.write_bytes(held)
     with locked(options.out), pytest.raises(ValueError, match="in use by process"):
         run_table("cifar10", wider, say=said.append)
 
@@ -255,7 +252,7 @@ def test_a_table_goes_on_where_it_was_and_names_what_failed(tmp_path: Path) -> N
 
 
 def test_a_table_needs_its_sets(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--data TRAIN\.beton --test TEST\.beton"):
+    with pytest.raises(ValueError, match=r"--data TRAIN\.beton, and --test TEST\.beton or"):
         run_table("cifar10", replace(GRID, out=tmp_path), say=lambda line: None)
 
 
@@ -302,7 +299,7 @@ def document(sets: dict[str, int], *, unpaired: str = "") -> dict:
         name: {"known": [9, 9], "unknown": [n, n], "cues": {"contrast": [0.5]}}
         for name, n in sets.items()
     }
-    return {"problem": "no protocol", "runs": runs, "sets": found, "rows": rows}
+    return {"problem": "no protocol", "runs": runs, "sets": found, "means": {}, "rows": rows}
 
 
 def test_rows_without_all_pairs_say_how_many_and_why() -> None:
