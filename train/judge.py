@@ -85,7 +85,8 @@ def judge(
       "bad", "accuracy", "scores": {SCORE: {"auroc", "auroc_ci"}}}}, the AUROC of `known` against
       them: 1/2 where the score does not mind the shift.
     - "full_spectrum", with "shifted": {"n", "accuracy", "unknown", "groups"}: known images and
-      shifted ones together as the known set, against each unknown set: AUROC and both FPR95.
+      shifted ones together as the known set, against each unknown set and in the mean over groups:
+      the metrics that are compared between runs, without intervals.
 
     Args:
         known: the known test set.
@@ -196,8 +197,12 @@ def _full_spectrum(known: Sequence[Scored], unknown: Sequence[Scored]) -> dict[s
             u = images.scores[name]
             scores[name] = {
                 "auroc": metrics.auroc(k, u),
+                "oscr": metrics.oscr(k, correct, u),
+                "aupr_known": metrics.aupr_known(k, u),
+                "aupr_unknown": metrics.aupr_unknown(k, u),
                 "fpr95_unknown_accepted": metrics.fpr95_unknown_accepted(k, u),
                 "fpr95_known_rejected": metrics.fpr95_known_rejected(k, u),
+                "dtacc": metrics.dtacc(k, u),
             }
         sets[images.name] = {"group": images.group, "scores": scores}
     return {
@@ -377,9 +382,12 @@ def _shifted_rows(document: Mapping[str, Any]) -> list[str]:
         if images["bad"]:
             lines.append(f"{name}:{_bad(images)}")
     full = document["full_spectrum"]
-    lines.append(
-        f"all known images together: accuracy {100 * full['accuracy']:.2f} % on {full['n']:,}"
-    )
+    lines += [
+        "",
+        "full spectrum, all known images together: accuracy "
+        f"{100 * full['accuracy']:.2f} % on {full['n']:,} images",
+        *(_group_rows(full["groups"]) if full["groups"] else ()),
+    ]
     return lines
 
 

@@ -114,7 +114,7 @@ class Judged:
     def figure(self, metric: str, unknown: str, score: str) -> float | None:
         """Return a figure in [0, 1], or None where this run was not judged on that set."""
         if metric == "accuracy":
-            return self.metrics["known"]["accuracy"]
+            return self.means.get(unknown, self.metrics["known"])["accuracy"]
         return self.scores_on(unknown).get(score, {}).get(metric)
 
     def scores_on(self, unknown: str) -> dict[str, Any]:
@@ -124,9 +124,21 @@ class Judged:
 
     @property
     def means(self) -> dict[str, Any]:
-        """The means over groups of unknown sets, by words that name the group and its sets."""
-        groups = self.metrics.get("groups", {})
-        return {f"{name}: {', '.join(g['sets'])}": g for name, g in groups.items()}
+        """The means over groups of unknown sets, by words that name the group and its sets.
+
+        {"sets", "scores", "accuracy", "n": known images}. Where there are known images under a
+        shift the same once more with these among the known ones: the full spectrum.
+        """
+        found = {}
+        full = self.metrics.get("full_spectrum", {})
+        for title, known, judged in (
+            ("", self.metrics["known"], self.metrics),
+            (", full spectrum", full, full),
+        ):
+            for name, group in judged.get("groups", {}).items():
+                of_known = {key: known[key] for key in ("accuracy", "n")}
+                found[f"{name}{title}: {', '.join(group['sets'])}"] = group | of_known
+        return found
 
 
 @dataclass(frozen=True)
@@ -337,12 +349,13 @@ def _table(unknown: str, groups: Sequence[Group], baselines: Mapping[str, Judged
             judged = [run for run in group.runs if run.figure("auroc", unknown, score) is not None]
             if judged:
                 rows.append(row_of(score, group.label, judged, unknown, baselines))
+    means = [run.means[unknown] for run in runs if unknown in run.means]
+    if means:
+        known = _range(mean["n"] for mean in means)
+        return Table(unknown, f"{known} known images, each set alike", True, tuple(rows))
     known = _range(run.metrics["known"]["n"] for run in runs)
-    mean = any(unknown in run.means for run in runs)
-    if mean:
-        return Table(unknown, f"{known} known images, each set alike", mean, tuple(rows))
     images = _range(run.metrics["unknown"][unknown]["n"] for run in runs)
-    return Table(unknown, f"{known} known and {images} unknown images", mean, tuple(rows))
+    return Table(unknown, f"{known} known and {images} unknown images", False, tuple(rows))
 
 
 def row_of(
@@ -524,11 +537,15 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         scores = ("unknown", name, "scores")
         for score in _part(path, document, dict, *scores):
             figures += [(*scores, score, metric) for metric in METRICS]
-    for name in _part(path, document, dict, "groups") if "groups" in document else ():
-        _texts(path, document, "groups", name, "sets")
-        scores = ("groups", name, "scores")
-        for score in _part(path, document, dict, *scores):
-            figures += [(*scores, score, metric) for metric in METRICS]
+    if "full_spectrum" in document:
+        _part(path, document, int, "full_spectrum", "n")
+        figures.append(("full_spectrum", "accuracy"))
+    for groups in (("groups",), ("full_spectrum", "groups")):
+        for name in _part(path, document, dict, *groups) if groups[0] in document else ():
+            _texts(path, document, *groups, name, "sets")
+            scores = (*groups, name, "scores")
+            for score in _part(path, document, dict, *scores):
+                figures += [(*scores, score, metric) for metric in METRICS]
     for names in figures:
         if not 0 <= _part(path, document, float | int, *names) <= 1:
             raise ValueError(f"{path} is damaged: {'.'.join(names)} is not a number in 0 .. 1")

@@ -227,22 +227,26 @@ def test_a_whole_table_is_judged_on_a_benchmark(tree: Path, tmp_path: Path) -> N
     document = json.loads((options.out / "table.json").read_text())
     near, far = "near: cifar100, tin", "far: svhn, texture"
     assert list(document["sets"]) == ["cifar100", "tin", "svhn", "texture", "more", "textures"]
-    means = {near: ["cifar100", "tin"], far: ["svhn", "texture"], "ssod: textures": ["textures"]}
-    assert document["means"] == means
+    plain = {near: ["cifar100", "tin"], far: ["svhn", "texture"], "ssod: textures": ["textures"]}
+    full = {name.replace(":", ", full spectrum:"): sets for name, sets in plain.items()}
+    assert document["means"] == plain | full
     rows = {
         row["unknown"]: row["figures"]["auroc"]
         for row in document["rows"]
         if (row["method"], row["score"]) == ("Cutout", "msp")
     }
     (folder,) = (run["folder"] for run in document["runs"] if run["method"] == "Cutout")
-    groups = read_judged(options.out / "runs" / folder).metrics["groups"]
+    metrics = read_judged(options.out / "runs" / folder).metrics
     for mean, name in ((near, "near"), (far, "far")):
-        assert rows[mean] == [groups[name]["scores"]["msp"]["auroc"]]
+        assert rows[mean] == [metrics["groups"][name]["scores"]["msp"]["auroc"]]
         assert rows[mean][0] == pytest.approx(
             np.mean([rows[unknown][0] for unknown in document["means"][mean]])
         )
+        judged = metrics["full_spectrum"]["groups"][name]["scores"]["msp"]["auroc"]
+        assert rows[mean.replace(":", ", full spectrum:")] == [judged]
     page = (options.out / "table.md").read_text()
-    assert f"`texture` | `more` | `textures` | `{near}` | `{far}` | `ssod: textures` |" in page
+    columns = "".join(f" `{name}` |" for name in ("texture", "more", "textures", *plain, *full))
+    assert columns in page
     assert f"## Mean over `{far}`\n\nunweighted, set by set.\n" in page
     assert "the set mnist is missing" in page
     said.clear()
