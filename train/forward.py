@@ -53,11 +53,14 @@ def compile_step(forward: ForwardPass, model: Model) -> ForwardPass:
     Raises:
         ValueError: there is no C++ compiler, which torch.compile calls on every device.
     """
+    from torch._dynamo import config  # which takes a second
+
     if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))):
         raise ValueError(
             f"--compile needs a C++ compiler, and there is none of {', '.join(COMPILERS)}: install "
             "one (apt install g++), name it in the environment variable CXX, or leave --compile out"
         )
-    options = {"dynamic": False, "recompile_limit": SHAPES}
-    model.compile(**options)
-    return torch.compile(forward, **options)  # type: ignore[arg-type, return-value]
+    # As an argument of torch.compile the limit is known from torch 2.12 on only.
+    config.recompile_limit = max(config.recompile_limit, SHAPES)
+    model.compile(dynamic=False)
+    return torch.compile(forward, dynamic=False)  # type: ignore[arg-type, return-value]

@@ -452,6 +452,20 @@ def test_without_a_compiler_compiling_is_refused(monkeypatch: pytest.MonkeyPatch
         compile_step(model, model)
 
 
+def test_compiling_asks_only_for_what_the_oldest_torch_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of torch 2.10: a limit of recompilations is no argument of torch.compile there."""
+    asked: list[set[str]] = []
+    monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(set(options)))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model: Any = nn.Linear(2, 2)
+    compile_step(model, model)
+    known = {"fullgraph", "dynamic", "backend", "mode", "options", "disable"}
+    assert len(asked) == 2 and all(options <= known for options in asked)
+    assert torch._dynamo.config.recompile_limit == 64
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_a_compiled_run_ends_and_goes_on(
