@@ -41,6 +41,7 @@ def command(stage: str, options: argparse.Namespace) -> list[str]:
         words = ["bench.bench_step"]
     if stage == "osr":
         words = ["bench.stage_osr"]
+        words += [word for name in options.method or () for word in ("--method", name)]
     if stage == "loaders":
         words = ["bench.stage_loaders"]
         words += [word for file in options.data or () for word in ("--data", str(file.resolve()))]
@@ -53,6 +54,8 @@ def command(stage: str, options: argparse.Namespace) -> list[str]:
     if stage == "tune":
         words += ["--kernel", options.kernel] if options.kernel else []
         words += ["--seconds", str(options.seconds)]
+    if stage == "tests":  # which end by themselves before they would be ended, and say what failed
+        words += ["--seconds", str(0.85 * options.limit)]
     return words
 
 
@@ -102,6 +105,7 @@ def main() -> int:
     parser.add_argument(
         "--form", action="append", help="of the stage loaders: only this; may repeat"
     )
+    parser.add_argument("--method", action="append", help="of the stage osr: only this; may repeat")
     parser.add_argument("--commit", help="for the rows, where this copy has no git repository")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for each stage")
     parser.add_argument("--dry-run", action="store_true", help="print and compile, on any machine")

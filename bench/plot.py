@@ -338,7 +338,8 @@ def cpu(rows: Sequence[Row]) -> str:
 
 def step(rows: Sequence[Row]) -> str:
     """Return the table of the training step: what the methods add to softmax."""
-    measured = of_one_device([row for row in rows if on_gpu(row) and row["kernel"] == "step"])
+    stages = [row for row in rows if row["stage"] == "step_resnet50"]
+    measured = of_one_device([row for row in stages if on_gpu(row) and row["kernel"] == "step"])
     if not measured:
         return f"What BackMix adds to a training step on a GPU: {NOT_MEASURED}.\n"
     lines = [
@@ -354,6 +355,26 @@ def step(rows: Sequence[Row]) -> str:
         for row in measured
     ]
     head = ["step", "method", "median (20 % to 80 %)", "images/s", "added", "added"]
+    return _grid(head, lines) + f"\n{origin(measured)}.\n"
+
+
+def small_runs(rows: Sequence[Row]) -> str:
+    """Return the table of small networks' steps: from the loop, recorded, and several at once."""
+    measured = of_one_device([row for row in rows if on_gpu(row) and row["stage"] == "osr"])
+    if not measured:
+        return f"Steps of small networks on a GPU: {NOT_MEASURED}.\n"
+    lines = [
+        [
+            row["case"],
+            f"`{row['form']}`",
+            f"{number(row['ms_p50'])} ms ({number_range(row)})"
+            + (" *unsteady*" if row["unsteady"] else ""),
+            f"{row['config']['images_per_s']:,.0f}",
+            f"{row['config']['seconds_per_100_epochs']:,.1f}",
+        ]
+        for row in measured
+    ]
+    head = ["network, method", "form", "median (20 % to 80 %)", "images/s", "s for 100 epochs"]
     return _grid(head, lines) + f"\n{origin(measured)}.\n"
 
 
@@ -536,6 +557,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "location_confidence": lambda rows: _every_form(rows, "location_confidence"),
     "class_reconstruction": lambda rows: _every_form(rows, "class_reconstruction"),
     "step": step,
+    "small_runs": small_runs,
     "cpu": cpu,
     "budget": lambda rows: budget(),
     "synthetic": synthetic,

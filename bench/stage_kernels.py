@@ -381,8 +381,11 @@ def _try_all(stage: Stage, tuning: cases.Tuning, case: Case, end: float) -> None
 # --- tests -------------------------------------------------------------------------------------
 
 
-def run_tests(stage: Stage) -> None:
-    """Run the tests that need a GPU and write one row with their counts."""
+def run_tests(stage: Stage, seconds: float | None) -> None:
+    """Run the tests that need a GPU and write one row with their counts.
+
+    After `seconds`, if given, no test begins any more, where pytest-timeout is installed.
+    """
     files = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
@@ -391,7 +394,11 @@ def run_tests(stage: Stage) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=100", "-p", "no:cacheprovider"]
+        # A file that cannot be imported here must not keep the others from being run.
+        command += ["--continue-on-collection-errors"]
+        if seconds and find_spec("pytest_timeout"):
+            command += ["--session-timeout", str(seconds)]
         # Another machine's versions may warn of other things; that is not what is asked here.
         command += ["-W", "default", f"--junitxml={report}"]
         if find_spec("xdist"):
@@ -458,7 +465,7 @@ def main() -> int:
     parser.add_argument("--skip-done", action="store_true")
     parser.add_argument("--repeat", type=int, default=1, help="passes over the stage")
     parser.add_argument("--kernel", help="of the stage tune: only this one")
-    parser.add_argument("--seconds", type=float, default=45, help="of tune: for each case")
+    parser.add_argument("--seconds", type=float, help="of tune: for each case (45); of tests")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU, for tests")
     options = parser.parse_args()
@@ -495,11 +502,11 @@ def run_stage(options: argparse.Namespace, repeat: int) -> int:
         cases.Compiler(clock, "eager" if options.tiny else "inductor"),
     )
     if stage.name == "tests":
-        run_tests(stage)
+        run_tests(stage, options.seconds)
     elif stage.name == "machine":
         time_machine(stage)
     elif stage.name == "tune":
-        tune(stage, options.kernel, 2 if options.tiny else options.seconds)
+        tune(stage, options.kernel, 2 if options.tiny else options.seconds or 45)
     else:
         time_shapes(stage)
 

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -317,6 +317,8 @@ class Beside:
     ms: float = 0.0
     """Of a step alone, and its CPU-seconds."""
     cpu: float = 0.0
+    thread: Future[None] | None = None
+    """The training that goes on, or the last one."""
 
     @contextlib.contextmanager
     def trains(self) -> Iterator[list[float]]:
@@ -335,7 +337,7 @@ class Beside:
                         ends.append(time.perf_counter())
 
         with ThreadPoolExecutor(1) as thread:
-            running = thread.submit(train)
+            self.thread = running = thread.submit(train)
             try:
                 while len(ends) < 2 and not running.done():
                     time.sleep(0.001)
@@ -351,6 +353,8 @@ class Beside:
             first, cpu, start = len(ends), time.process_time(), time.perf_counter()
             while len(ends) < first + 2 or time.perf_counter() - start < seconds:
                 time.sleep(0.01)
+                if self.thread and self.thread.done():
+                    self.thread.result()  # raises what ended it: there will be no more steps
             times = ends[first - 1 :]
             self.cpu = (time.process_time() - cpu) / (len(times) - 1)
         found = rows.Times((1e3 * np.diff(times)).tolist())

@@ -406,6 +406,22 @@ def test_a_stage_runs_from_end_to_end_and_again_for_nothing(
         assert [row["form"] for row in again[len(found) + 1 :]] == ["stage"]
 
 
+@pytest.mark.parametrize("seconds", [None, 255.0])
+def test_the_tests_end_by_themselves_before_they_are_ended(
+    seconds: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(stage_kernels.subprocess, "run", run)
+    stage_kernels.run_tests(stage(tmp_path, "tests"), seconds)
+    limit = ["--session-timeout", "255.0"]
+    assert [word for word in asked[0] if word in limit] == (limit if seconds else [])
+
+
 def test_a_report_of_the_tests_becomes_counts_and_names(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(

@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,102 @@ def test_the_bench_of_small_runs_writes_a_row_for_each_form(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (tmp_path / "osr.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    methods = ["softmax", "cutout", "backmix", "ssod", "arpl"]
-    asked_for = [
-        (f"classifier32-quarter, {m}", form) for m in methods for form in ("loop", "graph")
-    ]
-    asked_for += [("classifier32-quarter, softmax", "graph x 2")]
+    forms = {name: ["loop", "graph"] for name in ("softmax", "cutout", "backmix", "ssod", "arpl")}
+    forms["softmax"] = ["loop", "graph", "graph x 2"]
+    asked_for = [(f"classifier32-quarter, {m}", form) for m in forms for form in forms[m]]
     assert [(row["case"], row["form"]) for row in rows] == asked_for
     for row in rows:
         assert tuple(row) == KEYS and row["checked"]
         assert row["config"]["seconds_per_100_epochs"] == pytest.approx(46.9 * row["ms_p50"])
-    assert "done already" in python(*asked, "--skip-done", path="src:.").stdout
+        assert row["unsteady"] is not None
+    again = python(*asked, "--skip-done", "--method", "ssod", path="src:.")
+    assert again.stdout == "classifier32-quarter, ssod: done already\n"
+
+
+def test_a_method_whose_process_fails_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All are asked for, each with the share of the time that is left for it."""
+    from bench import stage_osr
+
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        asked.append(command[3:])
+        return subprocess.CompletedProcess(command, -6 if "backmix" in command else 0)
+
+    monkeypatch.setattr(stage_osr.subprocess, "run", run)
+    assert stage_osr.each_alone(["--out", "there"], 230) == 1
+    assert [words[:4] for words in asked] == [
+        ["--out", "there", "--method", method] for method in stage_osr.METHODS
+    ]
+    # 230 s shared by 5, then by those left: all of it stays for the last.
+    shares = [float(words[5]) for words in asked]
+    assert shares == pytest.approx([230 / n - stage_osr.START_S for n in (5, 4, 3, 2, 1)], abs=1)
+    assert capsys.readouterr().out == "osr backmix: FAILED (-6)\n"
+    monkeypatch.setattr(stage_osr, "METHODS", ("softmax",))
+    assert stage_osr.each_alone([], 230) == 0
+
+
+class Stream:
+    """A stream that writes down who waits for whom."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said = name, said
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+
+def test_the_clocks_stream_waits_for_the_runs_on_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events stand around the steps: else the time would be that of asking for them."""
+    import torch
+
+    from bench.stage_osr import Going
+
+    said: list[str] = []
+    clock = Stream("clock", said)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: clock)
+    going: Any = object.__new__(Going)
+    going.streams = [Stream(name, said) for name in "ab"]
+
+    def steps_of(name: str) -> Iterator[None]:
+        while True:
+            said.append(f"step of {name}")
+            yield
+
+    going.runs = [(nullcontext, steps_of(name)) for name in "ab"]
+    going.take(2)
+    assert said == [
+        *("a waits for clock", "b waits for clock"),
+        *["step of a", "step of b"] * 2,
+        *("clock waits for a", "clock waits for b"),
+    ]
+
+
+@pytest.mark.gpu
+def test_work_on_a_stream_of_its_own_is_timed() -> None:
+    import torch
+
+    from backmix.train.bench_step import timed
+    from bench.stage_osr import Going
+
+    device = torch.device("cuda")
+    work = torch.randn(4096, 4096, device=device)
+    torch.mm(work, work)
+    _, one = timed(lambda: work @ work, device)
+    own = torch.cuda.Stream()
+
+    def steps() -> Iterator[None]:
+        while True:
+            torch.mm(work, work)
+            yield
+
+    going: Any = object.__new__(Going)
+    going.streams, going.runs = [own], [(lambda: torch.cuda.stream(own), steps())]
+    going.take(2)
+    _, many = timed(lambda: going.take(50), device)
+    assert many > 20 * one
 
 
 def test_without_a_gpu_the_step_bench_says_so(tmp_path: Path) -> None:
@@ -262,7 +350,22 @@ def test_what_no_row_says_is_not_measured(results: Path) -> None:
     (results / "gpu-mix.jsonl").unlink()
     (results / "gpu-confidence.jsonl").unlink()
     assert "No GPU has been timed" in plot.speed(plot.newest(results))  # a CPU is none
-    assert "*not measured*" in plot.step([]) and "*not measured*" in plot.cpu([])
+    for table in (plot.step, plot.small_runs, plot.cpu):
+        assert "*not measured*" in table([])
+
+
+def test_the_table_of_the_step_leaves_out_steps_of_small_runs(results: Path) -> None:
+    config = {"images_per_s": 2560.0, "added_ms_p50": 0.0, "added_percent": 0.0}
+    one = row("step", "ResNet-50", "softmax", 100.0, stage="step_resnet50", config=config)
+    write(results, "gpu-step.jsonl", [one])
+    table = plot.step(plot.newest(results))
+    config = {"images_per_s": 64e3, "seconds_per_100_epochs": 46.9}
+    small = row("step", "classifier32, ssod", "graph x 4", 1.0, stage="osr", config=config)
+    write(results, "gpu-osr.jsonl", [small])
+    assert plot.step(plot.newest(results)) == table and "`softmax`" in table
+    (line,) = [x for x in plot.small_runs(plot.newest(results)).splitlines() if "graph x 4" in x]
+    assert line.startswith("| classifier32, ssod | `graph x 4` | 1")
+    assert line.endswith("| 64,000 | 46.9 |")
 
 
 def test_the_newest_file_of_a_stage_counts(results: Path) -> None:

@@ -100,6 +100,8 @@ def test_a_training_that_fails_is_not_taken_for_a_quick_one() -> None:
     beside = Beside(SimpleNamespace(take=failing), CPU, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no step"), beside.trains():
         pass
+    with pytest.raises(ValueError, match="no step"):
+        beside.alone(0.1)
 
 
 def test_a_form_that_fails_again_and_again_is_left_out_and_the_others_are_measured(
