@@ -290,8 +290,7 @@ def _every_form(rows: Sequence[Row], kernel: str) -> str:
                 row["case"],
                 f"`{row['form']}`",
                 row["l2"] or "",
-                f"{in_time(row['ms_p50'])} ({number_range(row)})"
-                + (" *unsteady*" if row["unsteady"] else ""),
+                time_of(row),
                 rate,
                 f"{share:.0%}" if share else "",
                 f"{row['host_us']:.0f} µs" if row["host_us"] is not None else "",
@@ -302,10 +301,11 @@ def _every_form(rows: Sequence[Row], kernel: str) -> str:
     return _grid(head, lines) + f"\n{origin(measured)}.\n"
 
 
-def number_range(row: Row) -> str:
-    """Return the 20th and 80th percentile in the unit of the median."""
+def time_of(row: Row) -> str:
+    """Return the median and, in its unit, the 20th and 80th percentile."""
     scale = 1e3 if row["ms_p50"] < 1 else 1
-    return f"{number(scale * row['ms_p20'])} to {number(scale * row['ms_p80'])}"
+    spread = f"{number(scale * row['ms_p20'])} to {number(scale * row['ms_p80'])}"
+    return f"{in_time(row['ms_p50'])} ({spread})" + (" *unsteady*" if row["unsteady"] else "")
 
 
 def cpu(rows: Sequence[Row]) -> str:
@@ -346,8 +346,7 @@ def step(rows: Sequence[Row]) -> str:
         [
             row["case"],
             f"`{row['form']}`",
-            f"{number(row['ms_p50'])} ms ({number_range(row)})"
-            + (" *unsteady*" if row["unsteady"] else ""),
+            time_of(row),
             f"{row['config']['images_per_s']:,.0f}",
             f"{row['config']['added_ms_p50']:+.2f} ms",
             f"{row['config']['added_percent']:+.1f} %",
@@ -367,8 +366,7 @@ def small_runs(rows: Sequence[Row]) -> str:
         [
             row["case"],
             f"`{row['form']}`",
-            f"{number(row['ms_p50'])} ms ({number_range(row)})"
-            + (" *unsteady*" if row["unsteady"] else ""),
+            time_of(row),
             f"{row['config']['images_per_s']:,.0f}",
             f"{row['config']['seconds_per_100_epochs']:,.1f}",
         ]

@@ -80,12 +80,7 @@ def check_device(run: Run, device: str) -> None:
 
 
 def check_loader(run: Run, loader: str, processes: int) -> None:
-    """Refuse options that do not go with what reads the data, once that is known.
-
-    Args:
-        run: the options.
-        loader: what --loader.loader has become.
-        processes: that train together.
+    """Refuse what does not go with the loader that was chosen; arguments as `check_graph` has them.
 
     Raises:
         ValueError: saying what stands against it.

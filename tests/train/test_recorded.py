@@ -78,6 +78,21 @@ def trained(run: Run) -> dict[str, str]:
     return fingerprint(run.out)
 
 
+def stop(run: Run, number: int) -> None:
+    """Train until the step of this number, counted from 1, is to be taken, and fail there."""
+    real, taken = recorded._Program.step, iter(range(1, number + 1))
+
+    def step(program: recorded._Program) -> torch.Tensor:
+        if next(taken) == number:
+            raise InterruptedError
+        return real(program)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded._Program, "step", step)
+        with pytest.raises(InterruptedError):
+            train(run, "test", ["backmix", "train"])
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_run_ends_with_the_bits_of_the_loop(data: Path, tmp_path: Path, method: Method) -> None:
     """Over epochs with a short last step, with a shift, a schedule, an EMA and clipping."""
@@ -90,24 +105,7 @@ def test_a_stopped_run_goes_on_within_an_epoch(data: Path, tmp_path: Path) -> No
     run = resident(data, tmp_path / "whole", METHODS["raw"])
     whole = trained(run)
     broken = replace(run, out=tmp_path / "broken", save_steps=1)
-
-    class Stopped(Exception):
-        pass
-
-    real = recorded._Program.step
-    taken = 0
-
-    def step(program: recorded._Program) -> torch.Tensor:
-        nonlocal taken
-        taken += 1
-        if taken == 3:
-            raise Stopped
-        return real(program)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorded._Program, "step", step)
-        with pytest.raises(Stopped):
-            train(broken, "test", ["backmix", "train"])
+    stop(broken, 3)
     assert trained(broken) == whole
 
 
@@ -327,17 +325,7 @@ def test_a_recorded_run_on_a_gpu_goes_on_where_it_stopped(data: Path, tmp_path: 
     run = replace(resident(data, tmp_path / "whole", METHODS["raw"]), device="cuda", epochs=5)
     trained(run)
     broken = replace(run, out=tmp_path / "broken", save_steps=1)
-    real = recorded._Program.step
-
-    def step(program: recorded._Program) -> torch.Tensor:
-        if program.taken == WARM_UP + 3:
-            raise InterruptedError
-        return real(program)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorded._Program, "step", step)
-        with pytest.raises(InterruptedError):
-            train(broken, "test", ["backmix", "train"])
+    stop(broken, WARM_UP + 4)
     trained(broken)
     rows = [
         [json.loads(line) for line in (one.out / "log.jsonl").read_text().splitlines()]
