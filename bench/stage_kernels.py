@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.runtime import OutOfResources
 
 from backmix.kernels import configs, dispatch, offline
 from backmix.kernels.launch import Launch
@@ -125,7 +126,7 @@ def failures(stage: Stage, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = isinstance(error, ImportError | torch.OutOfMemoryError)
+        known = isinstance(error, ImportError | torch.OutOfMemoryError | OutOfResources)
         wrong = isinstance(error, AssertionError)
         name = "WRONG" if wrong else type(error).__name__
         reason = f"{name}: {error}".strip().splitlines()[0][:300]

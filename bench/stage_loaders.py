@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -563,13 +563,22 @@ def kernels(stage: Stage, point: Point, batches: int = 10) -> dict[str, float]:
             for _ in range(batches):
                 next(stream)
             rows.clock(stage.device).synchronize()
-    found: dict[str, float] = {
-        event.key[:60]: (event.self_device_time_total if gpu else event.self_cpu_time_total)
-        / batches
+    return longest(
+        (event.key, (event.self_device_time_total if gpu else event.self_cpu_time_total) / batches)
         for event in profiled.key_averages()
-    }
-    longest = dict(sorted(found.items(), key=lambda each: -each[1])[:12])
-    return {"all": sum(found.values())} | longest
+    )
+
+
+def longest(times: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return the longest twelve times by name, and the sum of all under "all".
+
+    Names are cut at 60 characters, in which templates often agree: such times are added up.
+    """
+    found: dict[str, float] = {}
+    for name, time_ in times:
+        found[name[:60]] = found.get(name[:60], 0.0) + time_
+    first = dict(sorted(found.items(), key=lambda each: -each[1])[:12])
+    return {"all": sum(found.values())} | first
 
 
 # --- the program ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from triton.runtime import OutOfResources
 
 from backmix.kernels import configs, dispatch
 from bench import cases, rows, stage_kernels
@@ -291,6 +292,7 @@ def test_a_wrong_form_gets_no_row_and_the_others_theirs(tmp_path: Path) -> None:
         "wrong": lambda: cases.Form([list], lambda: failing(AssertionError("off by 3"))),
         "broken": lambda: failing(RuntimeError("no such thing")),
         "absent": lambda: failing(ImportError("kornia")),
+        "too large": lambda: failing(OutOfResources(393_216, 232_448, "shared memory")),
         "racing": lambda: cases.Form([list], lambda: (e := next(runs)) and failing(e)),
         "right": lambda: cases.Form([list], lambda: None),
     }
@@ -301,7 +303,9 @@ def test_a_wrong_form_gets_no_row_and_the_others_theirs(tmp_path: Path) -> None:
         "c: broken: RuntimeError: no such thing",
         "c: racing: WRONG: late",
     ]
-    assert here.absent == ["c: absent: ImportError: kornia"]
+    kornia, blocks = here.absent
+    assert kornia == "c: absent: ImportError: kornia"
+    assert blocks.startswith("c: too large: OutOfResources: out of resource: shared memory")
 
 
 def test_what_cannot_be_captured_is_timed_by_events(

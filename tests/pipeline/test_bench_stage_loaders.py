@@ -138,6 +138,15 @@ def test_a_form_that_fails_again_and_again_is_left_out_and_the_others_are_measur
     )
 
 
+def test_kernels_whose_long_names_begin_alike_are_added_up() -> None:
+    template = "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda"
+    times = [(f"{template}(unsigned char)", 3.0), (f"{template}(float)", 4.0)]
+    times += [(f"short {n}", 0.1) for n in range(20)]
+    found = stage_loaders.longest(times)
+    assert found["all"] == pytest.approx(9.0), "nothing is lost"
+    assert found[template[:60]] == 7.0 and len(found) == 1 + 12
+
+
 def test_made_photographs_are_as_large_as_those_of_imagenet(tmp_path: Path) -> None:
     sizes = []
     for seed in range(3):
