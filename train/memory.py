@@ -15,9 +15,9 @@ def keep_freed_memory(device: torch.device) -> bool:
 
     A step frees the feature maps that the next one needs again. By default glibc hands blocks of
     more than 32 MiB, and a free end of its heap, back to the kernel, which fills every page with
-    zeros before it lends it again: 10 to 15 % of the CPU time of training classifier32, 20 % of
-    that of a ResNet-18 seeing images of 224 px. The process holds its greatest need from then on.
-    Blocks above 1 GiB are lent and given back as before.
+    zeros before it lends it again: a tenth and more of the CPU time of a step (docs/notes.md, by
+    bench/bench_memory.py). The process holds its greatest need from then on. Blocks above 1 GiB are
+    lent and given back as before.
 
     Returns:
         False on another device, and where the C library has no `mallopt` that takes this (musl,

@@ -1,7 +1,13 @@
 """Freed memory is used again without the kernel's help."""
 
+import io
+import json
 import subprocess
 import sys
+
+import pytest
+
+from bench import bench_memory
 
 _FAULTS = """
 import ctypes, resource, torch
@@ -34,3 +40,23 @@ def test_pages_are_not_asked_for_again() -> None:
     before, after = map(int, done.stdout.split())
     pages = 20 * (48 << 20) // (2 << 20)  # at least, were all of them huge ones of 2 MiB
     assert before >= pages > 10 * after
+
+
+@pytest.mark.parametrize(
+    "network", ["classifier32-quarter, training", "resnet18 at 224 px, seeing"]
+)
+def test_the_bench_counts_steps_per_cpu_second(
+    network: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {
+        name: (model, side, 2, trained)
+        for name, (model, side, _, trained) in bench_memory.NETWORKS.items()
+    }
+    monkeypatch.setattr(bench_memory, "NETWORKS", small)
+    monkeypatch.setattr(bench_memory, "LAP", 0.05)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("lap\n"))
+    assert bench_memory.serve(network, bench_memory.GIVEN) == 0
+    ready, lap = capsys.readouterr().out.splitlines()
+    figures = json.loads(lap)
+    assert ready == "ready" and set(figures) == {"rate", "kernel", "mib"}
+    assert 0 < figures["rate"] <= 1e6 and 0 <= figures["kernel"] < 1 < figures["mib"]
