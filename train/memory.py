@@ -15,7 +15,7 @@ def keep_freed_memory(device: torch.device) -> bool:
 
     A step frees the feature maps that the next one needs again. By default glibc hands blocks of
     more than 32 MiB, and a free end of its heap, back to the kernel, which fills every page with
-    zeros before it lends it again: a tenth and more of the CPU time of a step (docs/notes.md, by
+    zeros before it lends it again: 8 to 22 % of the CPU time of a step (docs/notes.md, by
     bench/bench_memory.py). The process holds its greatest need from then on. Blocks above 1 GiB are
     lent and given back as before.
 
