@@ -458,12 +458,12 @@ def test_compiling_asks_only_for_what_the_oldest_torch_knows(
     """Of torch 2.10: a limit of recompilations is no argument of torch.compile there."""
     asked: list[set[str]] = []
     monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(set(options)))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     model: Any = nn.Linear(2, 2)
-    compile_step(model, model)
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would take the limit away
+        compile_step(model, model)
+        assert torch._dynamo.config.recompile_limit == 64
     known = {"fullgraph", "dynamic", "backend", "mode", "options", "disable"}
     assert len(asked) == 2 and all(options <= known for options in asked)
-    assert torch._dynamo.config.recompile_limit == 64
 
 
 @pytest.mark.slow
