@@ -47,11 +47,12 @@ def main() -> int:
         laps = take_turns(
             {form: _started(name, form) for form in (KEPT, GIVEN)}, asked.turns, "lap"
         )
+        if len(laps) < 2:  # take_turns has said why
+            return 1
         for form in (GIVEN, KEPT):
             print(f"{name}, freed memory {form}: {_told(laps[form])}", flush=True)
-        rates = [laps[form][turn]["rate"] for form in (KEPT, GIVEN) for turn in range(asked.turns)]
-        pairs = zip(rates[: asked.turns], rates[asked.turns :], strict=True)
-        ratios = sorted(kept / given for kept, given in pairs)
+        pairs = zip(laps[KEPT], laps[GIVEN], strict=True)
+        ratios = sorted(kept["rate"] / given["rate"] for kept, given in pairs)
         print(
             f"{name}: ratio {statistics.median(ratios):.2f} "
             f"({ratios[0]:.2f} to {ratios[-1]:.2f}) over {asked.turns} turns",
@@ -79,7 +80,7 @@ def serve(name: str, form: str) -> int:
     """Print `ready`, then for every line of stdin the figures of a lap as JSON."""
     torch.manual_seed(0)
     if form == KEPT and not keep_freed_memory(torch.device("cpu")):
-        print("this C library cannot", flush=True)
+        print("this C library keeps nothing", file=sys.stderr)
         return 1
     network, side, images, trained = NETWORKS[name]
     step = _step(network, side, images, trained=trained)
